@@ -1,0 +1,459 @@
+"""The configuration of a run: frozen dataclasses whose rules stand in `__post_init__`.
+
+Each field's docstring gives its meaning and its unit in brackets; `python train.py --help` prints them. A value that
+cannot be raises `InputError`, whose message is one line naming the numbers. `jmoe.recipe` loads a recipe, applies flags
+and reads and writes the JSON form.
+"""
+
+import dataclasses
+import math
+from dataclasses import dataclass, field
+from typing import Literal
+
+
+class InputError(ValueError):
+    """Bad input from the user, told in one line."""
+
+
+def require(condition: bool, message: str) -> None:
+    """Raises `InputError(message)` unless `condition` holds."""
+    if not condition:
+        raise InputError(message)
+
+
+# ---------------------------------------------------------------------------------------------------------------- model
+
+
+@dataclass(frozen=True)
+class TopK:
+    """Every token goes to the k experts of highest probability; their probabilities, renormalised, weigh the outputs."""
+
+    k: int = 2
+    """experts per token [count]"""
+
+    def slots(self, num_experts: int) -> int:
+        """Static number of expert slots per token."""
+        require(1 <= self.k <= num_experts, f"router.k is {self.k}; it must be between 1 and num_experts = {num_experts}")
+        return self.k
+
+
+@dataclass(frozen=True)
+class Nucleus:
+    """Every token goes to the smallest set of experts whose probabilities sum to more than p (arXiv 2403.07652, §3.1)."""
+
+    p: float = 0.4
+    """threshold on the summed router probability [probability, 0 < p <= 1]"""
+
+    def __post_init__(self):
+        require(0.0 < self.p <= 1.0, f"router.p is {self.p}; a probability threshold must lie in (0, 1]")
+
+    def slots(self, num_experts: int) -> int:
+        """Static number of expert slots per token: the n largest of E probabilities sum to at least n/E, so ⌊pE⌋+1
+        always suffice and nothing is ever dropped."""
+        return min(num_experts, math.floor(self.p * num_experts) + 1)
+
+
+Router = TopK | Nucleus
+
+
+@dataclass(frozen=True)
+class Dense:
+    """A dense SwiGLU feed-forward layer."""
+
+    d_ff: int = 512
+    """hidden width [features]"""
+
+    def __post_init__(self):
+        require(self.d_ff >= 1, f"Dense.d_ff is {self.d_ff}; it must be at least 1")
+
+
+@dataclass(frozen=True)
+class MoE:
+    """A mixture of SwiGLU experts."""
+
+    num_experts: int = 16
+    """experts in the layer [count]"""
+    d_ff: int = 128
+    """hidden width of each expert [features]"""
+    router: Router = Nucleus()
+    """how tokens choose experts"""
+
+    def __post_init__(self):
+        require(self.num_experts >= 1, f"MoE.num_experts is {self.num_experts}; it must be at least 1")
+        require(self.d_ff >= 1, f"MoE.d_ff is {self.d_ff}; it must be at least 1")
+        self.router.slots(self.num_experts)
+
+    @property
+    def slots(self) -> int:
+        """K, the static number of expert slots per token."""
+        return self.router.slots(self.num_experts)
+
+
+FeedForward = Dense | MoE
+
+
+@dataclass(frozen=True)
+class LayerGroup:
+    """`pattern` repeated `repeats` times: the pattern is unrolled, the repeats run under one `lax.scan`."""
+
+    pattern: tuple[FeedForward, ...] = (MoE(),)
+    """the feed-forward of each layer of the pattern, in order"""
+    repeats: int = 1
+    """how often the pattern repeats [count]"""
+
+    def __post_init__(self):
+        require(len(self.pattern) >= 1, "LayerGroup.pattern is empty; it needs at least one layer")
+        require(self.repeats >= 1, f"LayerGroup.repeats is {self.repeats}; it must be at least 1")
+
+
+@dataclass(frozen=True)
+class Model:
+    """A decoder-only Transformer: RMSNorm, rotary positions, grouped-query attention, dense or MoE feed-forward."""
+
+    vocab_size: int = 257
+    """rows of the embedding table; every token id is smaller [tokens]"""
+    d_model: int = 128
+    """width of the residual stream [features]"""
+    num_heads: int = 4
+    """query heads [count]"""
+    num_kv_heads: int = 2
+    """key and value heads; divides num_heads [count]"""
+    head_dim: int = 32
+    """width of one head; even, for rotary positions [features]"""
+    qk_norm: bool = True
+    """RMSNorm on queries and keys, per head [switch]"""
+    rope_base: float = 10000.0
+    """base of the rotary frequencies [unitless]"""
+    norm_eps: float = 1e-6
+    """added to the mean square in RMSNorm [unitless]"""
+    tie_embeddings: bool = True
+    """the output head shares the embedding table [switch]"""
+    init_std: float = 0.02
+    """standard deviation of initial weights, truncated normal [unitless]"""
+    layers: tuple[LayerGroup, ...] = (LayerGroup(),)
+    """the layers, in order"""
+
+    def __post_init__(self):
+        for name in ("vocab_size", "d_model", "num_heads", "num_kv_heads", "head_dim"):
+            value = getattr(self, name)
+            require(value >= 1, f"model.{name} is {value}; it must be at least 1")
+        require(
+            self.num_heads % self.num_kv_heads == 0,
+            f"model.num_heads = {self.num_heads} is not divisible by model.num_kv_heads = {self.num_kv_heads}",
+        )
+        require(self.head_dim % 2 == 0, f"model.head_dim is {self.head_dim}; rotary positions need an even number")
+        require(self.rope_base > 1.0, f"model.rope_base is {self.rope_base}; it must be greater than 1")
+        require(self.norm_eps > 0.0, f"model.norm_eps is {self.norm_eps}; it must be positive")
+        require(self.init_std > 0.0, f"model.init_std is {self.init_std}; it must be positive")
+        require(len(self.layers) >= 1, "model.layers is empty; it needs at least one layer group")
+
+    @property
+    def num_layers(self) -> int:
+        """Transformer layers in all."""
+        return sum(len(group.pattern) * group.repeats for group in self.layers)
+
+
+# ----------------------------------------------------------------------------------------------------------------- data
+
+
+@dataclass(frozen=True)
+class Embedded:
+    """The embedded corpus: the source text of the running Python's standard library."""
+
+    weight: float = 1.0
+    """share of the training rows, relative to the other sources [unitless]"""
+
+
+@dataclass(frozen=True)
+class Files:
+    """Local files: .txt is one document a file, .jsonl one a line; each also .gz or .zst."""
+
+    glob: str = ""
+    """pattern of the files, `**` reaches into folders [path]"""
+    text_key: str = "text"
+    """the field of a .jsonl line that holds the text [name]"""
+    weight: float = 1.0
+    """share of the training rows, relative to the other sources [unitless]"""
+
+
+@dataclass(frozen=True)
+class TFDS:
+    """A TensorFlow Dataset stored as array_record, read without TensorFlow."""
+
+    name: str = ""
+    """name/config:version as TFDS spells it, or the directory of one prepared version [name or path]"""
+    split: str = "train"
+    """TFDS split, slices allowed: train[:90%] [name]"""
+    data_dir: str | None = None
+    """where the dataset lies; TFDS's own default if None [path]"""
+    text_key: str = "text"
+    """the feature that holds the text [name]"""
+    weight: float = 1.0
+    """share of the training rows, relative to the other sources [unitless]"""
+
+
+Source = Embedded | Files | TFDS
+
+
+@dataclass(frozen=True)
+class Bytes:
+    """UTF-8 bytes: ids 0-255, then the special token `<|endoftext|>`."""
+
+
+@dataclass(frozen=True)
+class BPE:
+    """A byte-level BPE trained on the training documents of the run's own sources, once, and kept in the cache."""
+
+    vocab_size: int = 4096
+    """ids in all, special tokens included [tokens]"""
+    train_megabytes: float = 16.0
+    """how much text the merges are learnt from, spread over the documents [10^6 bytes]"""
+
+    def __post_init__(self):
+        require(self.vocab_size >= 257, f"BPE.vocab_size is {self.vocab_size}; 256 bytes and one special token are the least")
+        require(self.train_megabytes > 0, f"BPE.train_megabytes is {self.train_megabytes}; it must be positive")
+
+
+@dataclass(frozen=True)
+class TokenizerFile:
+    """Any Hugging Face `tokenizer.json`."""
+
+    path: str = ""
+    """the file [path]"""
+    eos: str | None = None
+    """the token that stands before and after each document; looked for among the usual names if None [token]"""
+
+
+Tokenizer = Bytes | BPE | TokenizerFile
+
+
+@dataclass(frozen=True)
+class Data:
+    """Where the text comes from and how it becomes rows of tokens."""
+
+    sources: tuple[Source, ...] = (Embedded(),)
+    """training text, mixed by weight"""
+    validation: tuple[Source, ...] = ()
+    """validation text; if empty, `validation_fraction` of the documents of `sources` is held out"""
+    validation_fraction: float = 0.02
+    """share of the documents held out, chosen by a hash of the document's name [fraction]"""
+    tokenizer: Tokenizer = Bytes()
+    """how text becomes token ids"""
+    seq_len: int = 256
+    """tokens a row: a training sequence [tokens]"""
+    cache_dir: str | None = None
+    """where tokenised data is kept; ~/.cache/jmoe (or $JMOE_CACHE) if None [path]"""
+    workers: int = 1
+    """reading threads; the batches are the same for any number [threads]"""
+
+    def __post_init__(self):
+        require(len(self.sources) >= 1, "data.sources is empty; name at least one source")
+        for source in self.sources:
+            require(source.weight > 0, f"data.sources: weight of {source} is {source.weight}; it must be positive")
+        require(
+            0.0 <= self.validation_fraction < 1.0 and (self.validation_fraction > 0 or bool(self.validation)),
+            f"data.validation_fraction is {self.validation_fraction}; it must lie in (0, 1), or data.validation must be given",
+        )
+        require(self.seq_len >= 2, f"data.seq_len is {self.seq_len}; it must be at least 2")
+        require(self.workers >= 1, f"data.workers is {self.workers}; it must be at least 1")
+
+
+# ------------------------------------------------------------------------------------------------------------- training
+
+
+@dataclass(frozen=True)
+class Cosine:
+    """Linear warm-up, then half a cosine down to `final` times the peak."""
+
+    warmup_steps: int = 20
+    """steps of linear warm-up [steps]"""
+    final: float = 0.1
+    """last learning rate over peak learning rate [ratio]"""
+
+
+@dataclass(frozen=True)
+class WSD:
+    """Warm-up, stable, decay (MiniCPM, arXiv 2404.06395): constant until the last `decay_fraction` of the steps."""
+
+    warmup_steps: int = 20
+    """steps of linear warm-up [steps]"""
+    decay_fraction: float = 0.1
+    """share of all steps spent decaying, at the end [fraction]"""
+    shape: Literal["linear", "1-sqrt"] = "1-sqrt"
+    """course of the decay [name]"""
+    final: float = 0.0
+    """last learning rate over peak learning rate [ratio]"""
+
+    def __post_init__(self):
+        require(
+            0.0 <= self.decay_fraction <= 1.0,
+            f"optim.schedule.decay_fraction is {self.decay_fraction}; it must lie in [0, 1]",
+        )
+
+
+@dataclass(frozen=True)
+class Constant:
+    """Linear warm-up, then constant."""
+
+    warmup_steps: int = 20
+    """steps of linear warm-up [steps]"""
+
+
+Schedule = Cosine | WSD | Constant
+
+
+@dataclass(frozen=True)
+class AdamW:
+    """AdamW with decoupled weight decay on matrices."""
+
+    learning_rate: float = 3e-3
+    """peak learning rate [per step]"""
+    schedule: Schedule = Cosine()
+    """course of the learning rate over the run"""
+    b1: float = 0.9
+    """decay of the gradient's running mean [per step]"""
+    b2: float = 0.95
+    """decay of the squared gradient's running mean [per step]"""
+    eps: float = 1e-8
+    """added to the root of the second moment [unitless]"""
+    weight_decay: float = 0.1
+    """decay of matrices, times the learning rate; norm gains are not decayed [per step]"""
+    clip_norm: float = 1.0
+    """largest global norm of the gradient; larger gradients are scaled down to it [unitless]"""
+
+    def __post_init__(self):
+        require(self.learning_rate > 0, f"optim.learning_rate is {self.learning_rate}; it must be positive")
+        for name in ("b1", "b2"):
+            value = getattr(self, name)
+            require(0.0 <= value < 1.0, f"optim.{name} is {value}; it must lie in [0, 1)")
+        require(self.eps > 0, f"optim.eps is {self.eps}; it must be positive")
+        require(self.weight_decay >= 0, f"optim.weight_decay is {self.weight_decay}; it must not be negative")
+        require(self.clip_norm > 0, f"optim.clip_norm is {self.clip_norm}; it must be positive")
+        require(
+            self.schedule.warmup_steps >= 0,
+            f"optim.schedule.warmup_steps is {self.schedule.warmup_steps}; it must not be negative",
+        )
+
+
+@dataclass(frozen=True)
+class Loss:
+    """Coefficients of the training loss; each term is also a metric under its own name."""
+
+    z_loss: float = 1e-4
+    """squared log-partition of the vocabulary softmax, mean over tokens [coefficient]"""
+    load_balance_loss: float = 1e-2
+    """E * sum(share of assignments * mean probability), mean over MoE layers [coefficient]"""
+    dynamic_loss: float = 1e-4
+    """entropy of the router's probabilities, mean over tokens and MoE layers (arXiv 2403.07652, §3.2) [coefficient]"""
+    chunk_tokens: int = 4096
+    """logits are held for this many tokens at a time [tokens]"""
+
+    def __post_init__(self):
+        for name in ("z_loss", "load_balance_loss", "dynamic_loss"):
+            value = getattr(self, name)
+            require(value >= 0, f"loss.{name} is {value}; it must not be negative")
+        require(self.chunk_tokens >= 1, f"loss.chunk_tokens is {self.chunk_tokens}; it must be at least 1")
+
+
+@dataclass(frozen=True)
+class Mesh:
+    """Sizes of the device mesh; -1 takes the devices that are left."""
+
+    data: int = 1
+    """devices along which only the batch is split [devices]"""
+    fsdp: int = 1
+    """devices along which the batch and the parameters are split [devices]"""
+    expert: int = 1
+    """devices along which the batch and the experts are split [devices]"""
+    tensor: int = 1
+    """devices along which heads and hidden features are split [devices]"""
+
+    def __post_init__(self):
+        sizes = dataclasses.asdict(self)
+        for name, size in sizes.items():
+            require(size == -1 or size >= 1, f"mesh.{name} is {size}; it must be positive, or -1 for the devices left")
+        require(list(sizes.values()).count(-1) <= 1, f"mesh {sizes}: only one axis can be -1")
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """When the state is saved and how many saves are kept."""
+
+    every: int = 100
+    """a save every so many steps, and at the end [steps]"""
+    keep: int = 2
+    """the newest saves kept [count]"""
+    keep_every: int | None = None
+    """saves at multiples of this are kept for good [steps]"""
+
+    def __post_init__(self):
+        require(self.every >= 1, f"checkpoint.every is {self.every}; it must be at least 1")
+        require(self.keep >= 1, f"checkpoint.keep is {self.keep}; it must be at least 1")
+        require(
+            self.keep_every is None or self.keep_every >= 1,
+            f"checkpoint.keep_every is {self.keep_every}; it must be at least 1",
+        )
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """Validation during and after training."""
+
+    every: int = 100
+    """a validation every so many steps, and at the end [steps]"""
+    batches: int = 8
+    """batches of a validation during training; the one at the end takes up to 8 times as many [batches]"""
+
+    def __post_init__(self):
+        require(self.every >= 1, f"evaluation.every is {self.every}; it must be at least 1")
+        require(self.batches >= 1, f"evaluation.batches is {self.batches}; it must be at least 1")
+
+
+@dataclass(frozen=True)
+class Config:
+    """Everything that determines a run."""
+
+    model: Model = field(default_factory=Model)
+    """the architecture"""
+    data: Data = field(default_factory=Data)
+    """the text"""
+    optim: AdamW = field(default_factory=AdamW)
+    """the optimiser"""
+    loss: Loss = field(default_factory=Loss)
+    """the training loss"""
+    mesh: Mesh = field(default_factory=Mesh)
+    """the devices"""
+    checkpoint: Checkpoint = field(default_factory=Checkpoint)
+    """saving"""
+    evaluation: Evaluation = field(default_factory=Evaluation)
+    """validation"""
+    steps: int = 300
+    """optimiser steps in all [steps]"""
+    batch_size: int = 16
+    """sequences a step, over all devices and micro-batches [sequences]"""
+    accumulation: int = 1
+    """micro-batches a step, one after another [count]"""
+    dtype: Literal["float32", "bfloat16"] = "float32"
+    """arithmetic of the layers; parameters and losses are float32 [dtype]"""
+    remat: Literal["none", "dots", "full"] = "none"
+    """what the backward pass recomputes: nothing, all but matrix products, whole layers [name]"""
+    seed: int = 0
+    """of the initial weights, the data order and sampling [unitless]"""
+    max_skipped: int = 10
+    """training stops after this many steps in a row with gradients that are not finite [steps]"""
+    log_every: int = 10
+    """a line of metrics every so many steps [steps]"""
+    run_dir: str | None = None
+    """where the run lives; runs/NAME of the recipe if None [path]"""
+
+    def __post_init__(self):
+        for name in ("steps", "batch_size", "accumulation", "max_skipped", "log_every"):
+            value = getattr(self, name)
+            require(value >= 1, f"{name} is {value}; it must be at least 1")
+        require(self.seed >= 0, f"seed is {self.seed}; it must not be negative")
+        require(
+            self.batch_size % self.accumulation == 0,
+            f"batch_size = {self.batch_size} is not divisible by accumulation = {self.accumulation}",
+        )
+        warmup = self.optim.schedule.warmup_steps
+        require(warmup <= self.steps, f"optim.schedule.warmup_steps = {warmup} is more than steps = {self.steps}")
