@@ -5,8 +5,11 @@ cannot be raises `InputError`, whose message is one line naming the numbers. `jm
 and reads and writes the JSON form.
 """
 
+import contextlib
 import dataclasses
 import math
+import sys
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Literal
 
@@ -19,6 +22,16 @@ def require(condition: bool, message: str) -> None:
     """Raises `InputError(message)` unless `condition` holds."""
     if not condition:
         raise InputError(message)
+
+
+@contextlib.contextmanager
+def exit_on_input_error() -> Iterator[None]:
+    """Around a script's work, or as its decorator: an `InputError` becomes one line on stderr and exit code 2."""
+    try:
+        yield
+    except InputError as error:
+        print("error:", " ".join(str(error).split()), file=sys.stderr)
+        raise SystemExit(2) from None
 
 
 # ---------------------------------------------------------------------------------------------------------------- model
@@ -49,8 +62,8 @@ class Nucleus:
 
     def slots(self, num_experts: int) -> int:
         """Static number of expert slots per token: the n largest of E probabilities sum to at least n/E, so ⌊pE⌋+1
-        always suffice and nothing is ever dropped."""
-        return min(num_experts, math.floor(self.p * num_experts) + 1)
+        always suffice and nothing is ever dropped. The small term keeps 0.29 * 100 = 28.999... from losing a slot."""
+        return min(num_experts, math.floor(self.p * num_experts + 1e-6) + 1)
 
 
 Router = TopK | Nucleus

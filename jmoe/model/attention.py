@@ -1,0 +1,83 @@
+"""Grouped-query attention (arXiv 2305.13245) with rotary positions and optional QK-norm, and its key-value cache."""
+
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jaxtyping import Array, Float, Int, PRNGKeyArray
+
+from jmoe import config
+from jmoe.model.layers import RMSNorm, normal, parameter, rotate
+from jmoe.ops.attention import attention
+from jmoe.sharding import shard
+
+
+class Cache(NamedTuple):
+    """Keys and values of the tokens so far: [B, L, G, H] each, for one layer, L the longest sequence it can hold."""
+
+    keys: Array
+    values: Array
+
+
+class Place(NamedTuple):
+    """Where the tokens of a call stand, the same for every layer."""
+
+    segment_ids: Array
+    """int32 [B, S]: of the queries."""
+    positions: Array
+    """int32 [B, S]: of the queries."""
+    key_segment_ids: Array
+    """int32 [B, L]: of the keys; L = S without a cache."""
+    key_positions: Array
+    """int32 [B, L]: of the keys."""
+    start: Array | None = None
+    """int32 scalar: where in the cache the call's tokens go; None without a cache."""
+
+
+class Attention(nnx.Module):
+    """Projections, rotary positions, attention, output projection."""
+
+    def __init__(self, model: config.Model, key: PRNGKeyArray):
+        D, N, G, H = model.d_model, model.num_heads, model.num_kv_heads, model.head_dim
+        q, k, v, o = jax.random.split(key, 4)
+        self.query = parameter(normal(q, (D, N, H), model.init_std), "embed", "heads", "head_dim")
+        self.key = parameter(normal(k, (D, G, H), model.init_std), "embed", "kv_heads", "head_dim")
+        self.value = parameter(normal(v, (D, G, H), model.init_std), "embed", "kv_heads", "head_dim")
+        self.out = parameter(normal(o, (N, H, D), model.init_std), "heads", "head_dim", "embed")
+        self.query_norm = RMSNorm(H, model.norm_eps, "head_dim") if model.qk_norm else None
+        self.key_norm = RMSNorm(H, model.norm_eps, "head_dim") if model.qk_norm else None
+        self.rope_base = model.rope_base
+
+    def __call__(
+        self, x: Float[Array, "B S D"], place: Place, cache: Cache | None = None
+    ) -> tuple[Float[Array, "B S D"], Cache | None]:
+        """Returns the output and, where a cache is given, the cache with this call's keys and values written in."""
+        q, k, v = (
+            jnp.einsum("BSD,DNH->BSNH", x, weight[...].astype(x.dtype), preferred_element_type=jnp.float32)
+            for weight in (self.query, self.key, self.value)
+        )
+        if self.query_norm is not None and self.key_norm is not None:
+            q, k = self.query_norm(q), self.key_norm(k)
+        q = rotate(q, place.positions, self.rope_base).astype(x.dtype)
+        k = rotate(k, place.positions, self.rope_base).astype(x.dtype)
+        v = v.astype(x.dtype)
+        q = shard(q, "batch", "seq", "heads", "head_dim")
+        k = shard(k, "batch", "seq", "kv_heads", "head_dim")
+        v = shard(v, "batch", "seq", "kv_heads", "head_dim")
+        if cache is not None:
+            cache = Cache(
+                jax.lax.dynamic_update_slice_in_dim(cache.keys, k, place.start, axis=1),
+                jax.lax.dynamic_update_slice_in_dim(cache.values, v, place.start, axis=1),
+            )
+            k, v = cache
+        mixed = attention(
+            q, k, v, place.segment_ids, place.key_segment_ids, place.positions, place.key_positions
+        )
+        out = jnp.einsum("BSNH,NHD->BSD", mixed, self.out[...].astype(x.dtype), preferred_element_type=jnp.float32)
+        return out.astype(x.dtype), cache
+
+
+def positions_in_row(batch: int, length: int) -> Int[Array, "B S"]:
+    """0 .. length-1 in every row, int32 [batch, length]."""
+    return jnp.tile(jnp.arange(length, dtype=jnp.int32), (batch, 1))

@@ -1,0 +1,153 @@
+"""The decoder-only Transformer: embed → [attention → feed-forward] × N → unembed."""
+
+from functools import partial
+from typing import Literal
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jaxtyping import Array, Float, Int, PRNGKeyArray
+
+from jmoe import config
+from jmoe.model.attention import Attention, Cache, Place
+from jmoe.model.layers import RMSNorm, SwiGLU, normal, parameter, stack
+from jmoe.model.moe import MoE
+from jmoe.model.router import RouterStats
+from jmoe.sharding import shard
+
+Remat = Literal["none", "dots", "full"]
+# Per layer group, per layer of its pattern: arrays stacked over the group's repeats, None for dense layers.
+Stats = tuple[tuple[RouterStats | None, ...], ...]
+Caches = tuple[tuple[Cache, ...], ...]
+
+
+class Layer(nnx.Module):
+    """Pre-norm attention and feed-forward, each added to the residual stream."""
+
+    def __init__(self, feed_forward: config.FeedForward, model: config.Model, key: PRNGKeyArray):
+        attention_key, feed_forward_key = jax.random.split(key)
+        self.attention_norm = RMSNorm(model.d_model, model.norm_eps, "embed")
+        self.attention = Attention(model, attention_key)
+        self.feed_forward_norm = RMSNorm(model.d_model, model.norm_eps, "embed")
+        match feed_forward:
+            case config.Dense(d_ff=d_ff):
+                self.feed_forward = SwiGLU(model.d_model, d_ff, model.init_std, feed_forward_key)
+            case config.MoE():
+                self.feed_forward = MoE(feed_forward, model, feed_forward_key)
+
+    def __call__(
+        self, x: Float[Array, "B S D"], place: Place, cache: Cache | None
+    ) -> tuple[Float[Array, "B S D"], RouterStats | None, Cache | None]:
+        mixed, cache = self.attention(self.attention_norm(x), place, cache)
+        x = shard(x + mixed, "batch", "seq", "embed")
+        h, stats = self.feed_forward_norm(x), None
+        if isinstance(self.feed_forward, MoE):
+            h, stats = self.feed_forward(h, place.segment_ids > 0)
+        else:
+            h = self.feed_forward(h)
+        return shard(x + h, "batch", "seq", "embed"), stats, cache
+
+
+class Transformer(nnx.Module):
+    """The model. Its parameters are float32; layers compute in the dtype that the call names."""
+
+    def __init__(self, model: config.Model, key: PRNGKeyArray):
+        embed_key, head_key, *group_keys = jax.random.split(key, 2 + len(model.layers))
+        V, D = model.vocab_size, model.d_model
+        self.embedding = parameter(normal(embed_key, (V, D), model.init_std), "vocab", "embed")
+        self.layers = nnx.List(
+            nnx.List(
+                stack(jax.vmap(partial(Layer, feed_forward, model))(jax.random.split(layer_key, group.repeats)))
+                for feed_forward, layer_key in zip(
+                    group.pattern, jax.random.split(group_key, len(group.pattern)), strict=True
+                )
+            )
+            for group, group_key in zip(model.layers, group_keys, strict=True)
+        )
+        self.final_norm = RMSNorm(D, model.norm_eps, "embed")
+        self.head = None
+        if not model.tie_embeddings:
+            self.head = parameter(normal(head_key, (D, V), model.init_std), "embed", "vocab")
+
+    def __call__(
+        self,
+        tokens: Int[Array, "B S"],
+        place: Place,
+        *,
+        dtype: jnp.dtype | type = jnp.float32,
+        remat: Remat = "none",
+        caches: Caches | None = None,
+    ) -> tuple[Float[Array, "B S D"], Stats, Caches | None]:
+        """Hidden states before the head.
+
+        Args:
+          tokens: int32 [B, S].
+          place: segments and positions; padding (segment 0) is routed to no expert.
+          dtype: of the layers' arithmetic, float32 or bfloat16.
+          remat: what the backward pass recomputes.
+          caches: keys and values of earlier tokens, as `empty_caches` makes them.
+
+        Returns:
+          Hidden states [B, S, D] in `dtype`, router statistics, and the caches with this call's tokens written in.
+        """
+        x = shard(self.embedding[...].astype(dtype)[tokens], "batch", "seq", "embed")
+        all_stats, all_caches = [], []
+        for g, pattern in enumerate(self.layers):
+
+            def apply_pattern(x, scanned):
+                layers, layer_caches = scanned
+                stats, new_caches = [], []
+                for i, layer in enumerate(layers):
+                    x, layer_stats, cache = layer(x, place, None if layer_caches is None else layer_caches[i])
+                    stats.append(layer_stats)
+                    new_caches.append(cache)
+                return x, (tuple(stats), tuple(new_caches))
+
+            scanned = (pattern, None if caches is None else caches[g])
+            x, (stats, new_caches) = jax.lax.scan(rematerialise(apply_pattern, remat), x, scanned)
+            all_stats.append(stats)
+            all_caches.append(new_caches)
+        return self.final_norm(x), tuple(all_stats), None if caches is None else tuple(all_caches)
+
+    def head_weight(self) -> Float[Array, "D V"]:
+        """The output projection, float32 [D, V]: the embedding transposed if they are tied."""
+        return self.embedding[...].T if self.head is None else self.head[...]
+
+    def logits(self, hidden: Float[Array, "B S D"]) -> Float[Array, "B S V"]:
+        """Vocabulary logits of hidden states, float32."""
+        weight = self.head_weight().astype(hidden.dtype)
+        return jnp.einsum("BSD,DV->BSV", hidden, weight, preferred_element_type=jnp.float32)
+
+
+def rematerialise(body, remat: Remat):
+    """`body`, whose backward pass recomputes nothing, all but matrix products, or everything."""
+    match remat:
+        case "none":
+            return body
+        case "dots":
+            return jax.checkpoint(body, policy=jax.checkpoint_policies.dots_with_no_batch_dims_saveable)
+        case "full":
+            return jax.checkpoint(body)
+
+
+def empty_caches(model: config.Model, batch: int, length: int, dtype: jnp.dtype | type = jnp.float32) -> Caches:
+    """Caches for `batch` sequences of at most `length` tokens."""
+
+    def empty(repeats):
+        shape = (repeats, batch, length, model.num_kv_heads, model.head_dim)
+        return Cache(jnp.zeros(shape, dtype), jnp.zeros(shape, dtype))
+
+    return tuple(tuple(empty(group.repeats) for _ in group.pattern) for group in model.layers)
+
+
+def by_layer(model: config.Model, stats: Stats) -> list[tuple[int, RouterStats]]:
+    """The statistics of each MoE layer, unstacked, with the layer's index, in the order of the layers."""
+    result, first = [], 0
+    for group, group_stats in zip(model.layers, stats, strict=True):
+        for repeat in range(group.repeats):
+            for i, layer_stats in enumerate(group_stats):
+                if layer_stats is not None:
+                    index = first + repeat * len(group.pattern) + i
+                    result.append((index, jax.tree.map(lambda s, r=repeat: s[r], layer_stats)))
+        first += len(group.pattern) * group.repeats
+    return result

@@ -1,0 +1,49 @@
+"""Optimisers and learning-rate schedules, on Optax.
+
+The transformations leave out the learning rate: the train step multiplies it in, by the step it is at, so that a step
+skipped for its gradients still moves the schedule.
+"""
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from jmoe import config
+from jmoe.sharding import is_variable, logical_axes
+
+
+def schedule(optim: config.AdamW, steps: int) -> optax.Schedule:
+    """The learning rate of each step 0 .. steps-1, as a function of an int32 scalar."""
+    peak, warmup = optim.learning_rate, optim.schedule.warmup_steps
+    match optim.schedule:
+        case config.Constant():
+            main = optax.constant_schedule(peak)
+        case config.Cosine(final=final):
+            main = optax.cosine_decay_schedule(peak, max(1, steps - warmup), alpha=final)
+        case config.WSD(decay_fraction=fraction, shape=shape, final=final):
+            decay = min(max(1, round(fraction * steps)), max(1, steps - warmup))
+
+            def tail(step):
+                done = jnp.clip(step / decay, 0.0, 1.0)
+                left = 1.0 - jnp.sqrt(done) if shape == "1-sqrt" else 1.0 - done
+                return peak * (final + (1.0 - final) * left)
+
+            main = optax.join_schedules([optax.constant_schedule(peak), tail], [steps - warmup - decay])
+    # The first step already moves: 1/(warmup+1) of the peak.
+    return optax.join_schedules([optax.linear_schedule(peak / (warmup + 1), peak, warmup), main], [warmup])
+
+
+def matrices(params) -> object:
+    """A tree of booleans: True for parameters with two or more axes of their own, False for norm gains."""
+    return jax.tree.map(
+        lambda v: v.replace(sum(axis != "layers" for axis in logical_axes(v)) >= 2), params, is_leaf=is_variable
+    )
+
+
+def transformation(optim: config.AdamW) -> optax.GradientTransformation:
+    """Clipping, AdamW's direction and decoupled weight decay; the learning rate is left to the caller."""
+    return optax.chain(
+        optax.clip_by_global_norm(optim.clip_norm),
+        optax.scale_by_adam(optim.b1, optim.b2, optim.eps),
+        optax.add_decayed_weights(optim.weight_decay, mask=matrices),
+    )

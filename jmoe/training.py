@@ -1,0 +1,200 @@
+"""The train step: one jitted function from (state, batch) to (state, metrics), with the state donated."""
+
+from collections.abc import Callable
+from functools import partial
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from jaxtyping import Array
+
+from jmoe import config, optim
+from jmoe.batch import Batch
+from jmoe.loss import Sums, Totals, forward, hidden_states, loss_terms, totals
+from jmoe.model.transformer import Stats, Transformer, by_layer
+from jmoe.sharding import batch_sharding, tree_shardings
+
+
+class TrainState(NamedTuple):
+    """Everything that a step changes."""
+
+    step: Array
+    """int32 scalar: steps taken; also the position in the data."""
+    params: Transformer
+    """float32 parameters."""
+    opt_state: Any
+    """of `jmoe.optim.transformation`."""
+    skipped_in_a_row: Array
+    """int32 scalar: steps just skipped because their gradients were not finite."""
+    key: Array
+    """the run's random key; what is random at a step folds the step in."""
+
+
+class Metrics(NamedTuple):
+    """What a step reports; `describe` turns it into plain values."""
+
+    scalars: dict[str, Array]
+    stats: Stats
+    total: Totals
+
+
+def init_state(settings: config.Config) -> TrainState:
+    """The state before the first step: a pure function of the config. `create_state` makes it sharded."""
+    key, params_key = jax.random.split(jax.random.key(settings.seed))
+    params = Transformer(settings.model, params_key)
+    zero = jnp.zeros((), jnp.int32)
+    return TrainState(zero, params, optim.transformation(settings.optim).init(params), zero, key)
+
+
+def abstract_state(settings: config.Config, mesh: jax.sharding.Mesh) -> TrainState:
+    """Shapes, dtypes and shardings of the state, without making it."""
+    shapes = jax.eval_shape(partial(init_state, settings))
+    return jax.tree.map(
+        lambda shape, sharding: jax.ShapeDtypeStruct(shape.shape, shape.dtype, sharding=sharding),
+        shapes,
+        tree_shardings(shapes, mesh),
+    )
+
+
+def create_state(settings: config.Config, mesh: jax.sharding.Mesh) -> TrainState:
+    """The state before the first step, each array created on the devices it is sharded over."""
+    shardings = jax.tree.map(lambda leaf: leaf.sharding, abstract_state(settings, mesh))
+    with jax.set_mesh(mesh):
+        return jax.jit(partial(init_state, settings), out_shardings=shardings)()
+
+
+def put_batch(batch: Batch, mesh: jax.sharding.Mesh) -> Batch:
+    """This host's rows of a batch, as arrays sharded over the mesh."""
+    return jax.tree.map(partial(jax.make_array_from_process_local_data, batch_sharding(mesh)), batch)
+
+
+def gradients(params: Transformer, batch: Batch, settings: config.Config) -> tuple[Transformer, Array, Metrics]:
+    """Gradient and value of the loss over a global batch, in `settings.accumulation` micro-batches.
+
+    The load-balance loss needs the assignment counts of the whole batch before the first gradient, so accumulation
+    runs the layers once more, forward only, to count. That makes the result independent of the number of micro-batches.
+    """
+    total = totals(batch)
+
+    def objective(params, micro_batch, counts):
+        sums = forward(params, micro_batch, settings)
+        return loss_terms(sums, sums.stats if counts is None else counts, total, settings.loss)[0], sums
+
+    gradient = jax.grad(objective, has_aux=True)
+    if settings.accumulation == 1:
+        grads, sums = gradient(params, batch, None)
+    else:
+        micro_batches = jax.tree.map(partial(split_rows, parts=settings.accumulation), batch)
+        counts = scan_sum(lambda micro_batch: hidden_states(params, micro_batch, settings)[1], micro_batches)
+        grads, sums = scan_sum(lambda micro_batch: gradient(params, micro_batch, counts), micro_batches)
+    loss, terms = loss_terms(sums, sums.stats, total, settings.loss)
+    return grads, loss, Metrics({"loss": loss, **terms}, sums.stats, total)
+
+
+def split_rows(x: Array, parts: int) -> Array:
+    """[B, ...] → [parts, B/parts, ...]; each part takes rows from every device's share of the batch."""
+    return x.reshape(x.shape[0] // parts, parts, *x.shape[1:]).swapaxes(0, 1)
+
+
+def scan_sum(f: Callable[[Any], Any], xs: Any) -> Any:
+    """Σ f(x) over the leading axis, one after another, holding one result."""
+    shapes = jax.eval_shape(f, jax.tree.map(lambda x: x[0], xs))
+    zeros = jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), shapes)
+    return jax.lax.scan(lambda so_far, x: (jax.tree.map(jnp.add, so_far, f(x)), None), zeros, xs)[0]
+
+
+def train_step(state: TrainState, batch: Batch, settings: config.Config) -> tuple[TrainState, Metrics]:
+    """One optimiser step. Where the loss or a gradient is not finite, parameters and optimiser state stay as they are,
+    and the step is counted in `skipped_in_a_row`."""
+    grads, loss, metrics = gradients(state.params, batch, settings)
+    grad_norm = optax.global_norm(grads)
+    finite = jnp.isfinite(loss) & jnp.isfinite(grad_norm)
+    learning_rate = jnp.asarray(optim.schedule(settings.optim, settings.steps)(state.step), jnp.float32)
+
+    def update():
+        direction, opt_state = optim.transformation(settings.optim).update(grads, state.opt_state, state.params)
+        return optax.apply_updates(state.params, optax.tree.scale(-learning_rate, direction)), opt_state
+
+    params, opt_state = jax.lax.cond(finite, update, lambda: (state.params, state.opt_state))
+    skipped_in_a_row = jnp.where(finite, 0, state.skipped_in_a_row + 1)
+    metrics.scalars.update(
+        grad_norm=grad_norm, learning_rate=learning_rate, skipped=(~finite).astype(jnp.int32),
+        skipped_in_a_row=skipped_in_a_row,
+    )
+    return TrainState(state.step + 1, params, opt_state, skipped_in_a_row, state.key), metrics
+
+
+def make_train_step(
+    settings: config.Config, mesh: jax.sharding.Mesh
+) -> Callable[[TrainState, Batch], tuple[TrainState, Metrics]]:
+    """`train_step` jitted for a mesh, with the state donated and its shardings kept."""
+    shardings = jax.tree.map(lambda leaf: leaf.sharding, abstract_state(settings, mesh))
+    step = jax.jit(
+        partial(train_step, settings=settings), donate_argnums=0, out_shardings=(shardings, None)
+    )
+
+    def run(state: TrainState, batch: Batch) -> tuple[TrainState, Metrics]:
+        with jax.set_mesh(mesh):
+            return step(state, batch)
+
+    return run
+
+
+class EvalSums(NamedTuple):
+    """Sums of a validation batch; they add up over batches."""
+
+    sums: Sums
+    targets: Array
+    tokens: Array
+
+
+def make_eval_step(settings: config.Config, mesh: jax.sharding.Mesh) -> Callable[[Transformer, Batch], EvalSums]:
+    """A jitted forward pass that returns the sums of a batch."""
+
+    def eval_step(params, batch):
+        return EvalSums(
+            forward(params, batch, settings),
+            batch.loss_mask.sum(dtype=jnp.float32),
+            (batch.segment_ids > 0).sum(dtype=jnp.float32),
+        )
+
+    step = jax.jit(eval_step)
+
+    def run(params: Transformer, batch: Batch) -> EvalSums:
+        with jax.set_mesh(mesh):
+            return step(params, batch)
+
+    return run
+
+
+def describe_routing(model: config.Model, stats: Stats, tokens: float) -> dict[str, Any]:
+    """Router statistics as plain values, a list entry per MoE layer; empty for a model without MoE layers.
+
+    Args:
+      model: the architecture.
+      stats: sums over `tokens` valid tokens.
+
+    Returns:
+      experts_per_token (mean over MoE layers), experts_per_token_by_layer, load_by_layer (shares of the assignments
+      that sum to 1), router_entropy_by_layer (nats), moe_layers (their indices).
+    """
+    layers = by_layer(model, jax.tree.map(np.asarray, stats))
+    if not layers:
+        return {}
+    counts = [layer.tokens_per_expert for _, layer in layers]
+    per_token = [float(c.sum() / tokens) for c in counts]
+    return {
+        "experts_per_token": float(np.mean(per_token)),
+        "experts_per_token_by_layer": per_token,
+        "load_by_layer": [(c / max(c.sum(), 1.0)).tolist() for c in counts],
+        "router_entropy_by_layer": [float(layer.entropy / tokens) for _, layer in layers],
+        "moe_layers": [index for index, _ in layers],
+    }
+
+
+def describe(model: config.Model, metrics: Metrics) -> dict[str, Any]:
+    """A step's metrics as plain values. Waits for the step to end."""
+    scalars = {name: np.asarray(value).item() for name, value in metrics.scalars.items()}
+    return scalars | describe_routing(model, metrics.stats, float(metrics.total.tokens))
