@@ -73,6 +73,11 @@ def _pad_rows(rows, block_rows):
     return jnp.pad(rows, ((0, block_rows), (0, 0)))
 
 
+def _zeros(shape, dtype, group_sizes):
+    """Zeros made from `group_sizes`, so that under `shard_map` they vary over the mesh as a loop's carry must."""
+    return jnp.full(shape, (0 * group_sizes[0]).astype(dtype))
+
+
 def _blocked(rows, weights, group_sizes, block_rows=BLOCK_ROWS):
     starts, ends, blocks_until = _blocks(group_sizes, block_rows)
     padded = _pad_rows(rows, block_rows)
@@ -84,7 +89,7 @@ def _blocked(rows, weights, group_sizes, block_rows=BLOCK_ROWS):
         product = jnp.matmul(lhs, rhs, preferred_element_type=jnp.float32)
         return lax.dynamic_update_slice_in_dim(out, jnp.where(inside, product, 0).astype(out.dtype), start, 0)
 
-    out = jnp.zeros((padded.shape[0], weights.shape[2]), rows.dtype)
+    out = _zeros((padded.shape[0], weights.shape[2]), rows.dtype, group_sizes)
     return lax.fori_loop(0, blocks_until[-1], body, out)[: rows.shape[0]]
 
 
@@ -101,7 +106,7 @@ def _blocked_weight_gradient(rows, d_out, group_sizes, block_rows=BLOCK_ROWS):
         so_far = lax.dynamic_index_in_dim(d_weights, group, keepdims=False)
         return lax.dynamic_update_index_in_dim(d_weights, so_far + product, group, 0)
 
-    d_weights = jnp.zeros((group_sizes.shape[0], rows.shape[1], d_out.shape[1]), jnp.float32)
+    d_weights = _zeros((group_sizes.shape[0], rows.shape[1], d_out.shape[1]), jnp.float32, group_sizes)
     return lax.fori_loop(0, blocks_until[-1], body, d_weights)
 
 
