@@ -198,3 +198,14 @@ def describe(model: config.Model, metrics: Metrics) -> dict[str, Any]:
     """A step's metrics as plain values. Waits for the step to end."""
     scalars = {name: np.asarray(value).item() for name, value in metrics.scalars.items()}
     return scalars | describe_routing(model, metrics.stats, float(metrics.total.tokens))
+
+
+def checkpoint_items(state: TrainState, fingerprints: dict[str, str]) -> dict[str, Any]:
+    """The state as the items of a checkpoint; `fingerprints` tell tokenizer and data."""
+    rest = {"step": state.step, "skipped_in_a_row": state.skipped_in_a_row, "key": state.key}
+    return {"params": state.params, "optimizer": state.opt_state, "progress": rest, "data": fingerprints}
+
+
+def from_checkpoint(items: dict[str, Any]) -> TrainState:
+    """The state that `checkpoint_items` took apart."""
+    return TrainState(params=items["params"], opt_state=items["optimizer"], **items["progress"])

@@ -65,9 +65,8 @@ class Transformer(nnx.Module):
             for group, group_key in zip(model.layers, group_keys, strict=True)
         )
         self.final_norm = RMSNorm(D, model.norm_eps, "embed")
-        self.head = None
-        if not model.tie_embeddings:
-            self.head = parameter(normal(head_key, (D, V), model.init_std), "embed", "vocab")
+        untied = not model.tie_embeddings
+        self.head = parameter(normal(head_key, (D, V), model.init_std), "embed", "vocab") if untied else None
 
     def __call__(
         self,
