@@ -5,11 +5,8 @@ cannot be raises `InputError`, whose message is one line naming the numbers. `jm
 and reads and writes the JSON form.
 """
 
-import contextlib
 import dataclasses
 import math
-import sys
-from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Literal
 
@@ -24,35 +21,27 @@ def require(condition: bool, message: str) -> None:
         raise InputError(message)
 
 
-@contextlib.contextmanager
-def exit_on_input_error() -> Iterator[None]:
-    """Around a script's work, or as its decorator: an `InputError` becomes one line on stderr and exit code 2."""
-    try:
-        yield
-    except InputError as error:
-        print("error:", " ".join(str(error).split()), file=sys.stderr)
-        raise SystemExit(2) from None
-
-
 # ---------------------------------------------------------------------------------------------------------------- model
 
 
 @dataclass(frozen=True)
 class TopK:
-    """Every token goes to the k experts of highest probability; their probabilities, renormalised, weigh the outputs."""
+    """Every token goes to its k most probable experts; their probabilities, renormalised, weigh the outputs."""
 
     k: int = 2
     """experts per token [count]"""
 
     def slots(self, num_experts: int) -> int:
         """Static number of expert slots per token."""
-        require(1 <= self.k <= num_experts, f"router.k is {self.k}; it must be between 1 and num_experts = {num_experts}")
+        require(
+            1 <= self.k <= num_experts, f"router.k is {self.k}; it must be between 1 and num_experts = {num_experts}"
+        )
         return self.k
 
 
 @dataclass(frozen=True)
 class Nucleus:
-    """Every token goes to the smallest set of experts whose probabilities sum to more than p (arXiv 2403.07652, §3.1)."""
+    """Every token goes to the smallest set of experts whose probabilities sum to more than p (arXiv 2403.07652)."""
 
     p: float = 0.4
     """threshold on the summed router probability [probability, 0 < p <= 1]"""
@@ -223,7 +212,10 @@ class BPE:
     """how much text the merges are learnt from, spread over the documents [10^6 bytes]"""
 
     def __post_init__(self):
-        require(self.vocab_size >= 257, f"BPE.vocab_size is {self.vocab_size}; 256 bytes and one special token are the least")
+        require(
+            self.vocab_size >= 257,
+            f"BPE.vocab_size is {self.vocab_size}; 256 bytes and one special token are the least",
+        )
         require(self.train_megabytes > 0, f"BPE.train_megabytes is {self.train_megabytes}; it must be positive")
 
 
@@ -265,7 +257,7 @@ class Data:
             require(source.weight > 0, f"data.sources: weight of {source} is {source.weight}; it must be positive")
         require(
             0.0 <= self.validation_fraction < 1.0 and (self.validation_fraction > 0 or bool(self.validation)),
-            f"data.validation_fraction is {self.validation_fraction}; it must lie in (0, 1), or data.validation must be given",
+            f"data.validation_fraction is {self.validation_fraction}; it must lie in (0, 1), or give data.validation",
         )
         require(self.seq_len >= 2, f"data.seq_len is {self.seq_len}; it must be at least 2")
         require(self.workers >= 1, f"data.workers is {self.workers}; it must be at least 1")
@@ -415,11 +407,17 @@ class Evaluation:
     every: int = 100
     """a validation every so many steps, and at the end [steps]"""
     batches: int = 8
-    """batches of a validation during training; the one at the end takes up to 8 times as many [batches]"""
+    """most batches of a validation during training [batches]"""
+    final_batches: int | None = None
+    """most batches of the validation at the end; the whole text if None [batches]"""
 
     def __post_init__(self):
         require(self.every >= 1, f"evaluation.every is {self.every}; it must be at least 1")
         require(self.batches >= 1, f"evaluation.batches is {self.batches}; it must be at least 1")
+        require(
+            self.final_batches is None or self.final_batches >= 1,
+            f"evaluation.final_batches is {self.final_batches}; it must be at least 1",
+        )
 
 
 @dataclass(frozen=True)
