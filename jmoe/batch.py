@@ -1,11 +1,8 @@
 """One batch of packed rows: what the data pipeline yields and the train step takes."""
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
-import jax
-import numpy as np
-
-Array = jax.Array | np.ndarray
+Array = Any  # numpy on the host, jax.Array in the step
 
 
 class Batch(NamedTuple):
