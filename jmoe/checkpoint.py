@@ -1,0 +1,354 @@
+"""Saving and restoring the state of a run: Orbax underneath, our own manifest on top.
+
+Orbax writes a step into a temporary directory and renames it, so a step directory is never half written. It does not
+notice flipped bits, emptied directories or a changed dtype, so after its commit we add two files: `items.json` with the
+shape and dtype of every array, and, last, `manifest.json` with size and SHA-256 of every file, `items.json` included.
+A step counts once its manifest stands.
+
+    checkpoints/
+      200/                 a step: one folder per item, items.json, manifest.json
+      damaged-300/         did not match its manifest when a run was resumed; kept for the owner to look at
+
+Several hosts may share the directory: each calls every method, and process 0 alone writes manifests, renames, removes.
+"""
+
+import hashlib
+import json
+import logging
+import os
+import shutil
+from concurrent.futures import Future, ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import jax
+from orbax.checkpoint import v1 as ocp
+
+MANIFEST = "manifest.json"
+ITEMS = "items.json"
+ORBAX_METADATA = "_CHECKPOINT_METADATA"
+REMOVED = "removed-"
+DAMAGED = "damaged-"
+
+log = logging.getLogger("jmoe")
+
+
+class CheckpointError(RuntimeError):
+    """A checkpoint that could not be written, or cannot be used, told in one line."""
+
+
+def flatten(tree: Any) -> dict[str, Any]:
+    """The leaves of any pytree under stable names such as `layers/0/attention/query`.
+
+    The "/value" that an `nnx.Variable` adds to its path is dropped; a tree that is one leaf is named "value".
+    Raises ValueError if two leaves would get the same name.
+    """
+    flat = {}
+    for path, leaf in jax.tree_util.tree_flatten_with_path(tree)[0]:
+        name = jax.tree_util.keystr(path, simple=True, separator="/").removesuffix("/value") or "value"
+        if name in flat:
+            raise ValueError(f"two leaves of the tree are named {name}")
+        flat[name] = leaf
+    return flat
+
+
+def unflatten(flat: dict[str, Any], like: Any) -> Any:
+    """A tree with the structure of `like` and the leaves of `flat`.
+
+    The leaves of `like` may be abstract. Raises CheckpointError listing the names that are missing, left over, or of
+    another shape or dtype.
+    """
+    expected = flatten(like)
+    _compare(_describe(flat), _describe(expected), "the given leaves do not fit the tree")
+    return jax.tree.unflatten(jax.tree.structure(like), [flat[name] for name in expected])
+
+
+def _describe(flat: dict[str, Any]) -> dict[str, str]:
+    """float32[3,4] for an array, int, float or str for a plain value."""
+
+    def kind(leaf):
+        if hasattr(leaf, "dtype"):
+            return f"{leaf.dtype}[{','.join(map(str, leaf.shape))}]"
+        return type(leaf).__name__
+
+    return {name: kind(leaf) for name, leaf in flat.items()}
+
+
+def _compare(found: dict[str, str], expected: dict[str, str], where: str) -> None:
+    problems = [f"{name} ({kind}) is missing" for name, kind in expected.items() if name not in found]
+    problems += [f"{name} ({kind}) is left over" for name, kind in found.items() if name not in expected]
+    problems += [
+        f"{name} is {found[name]}, expected {kind}"
+        for name, kind in expected.items()
+        if name in found and found[name] != kind
+    ]
+    if problems:
+        more = f"; and {len(problems) - 5} more" if len(problems) > 5 else ""
+        raise CheckpointError(f"{where}: {'; '.join(problems[:5])}{more}")
+
+
+class Checkpoints:
+    """The checkpoints of one run, in `directory`: the newest `keep`, and every multiple of `keep_every`."""
+
+    def __init__(self, directory: Path, *, keep: int, keep_every: int | None = None):
+        self.directory = Path(directory).absolute()
+        self.keep = keep
+        self.keep_every = keep_every
+        self._writer = ThreadPoolExecutor(max_workers=1, thread_name_prefix="checkpoint")
+        self._pending: Future[None] | None = None
+
+    # ------------------------------------------------------------------------------------------------------- saving
+
+    def save(self, step: int, items: dict[str, Any], *, metadata: dict[str, Any]) -> None:
+        """Starts saving `items`, trees of arrays, ints, floats and strings by name, as the state after `step`.
+
+        Returns once the arrays may be donated or overwritten; files, manifest and the removal of old steps follow in
+        the background. `metadata` is JSON. A step that is already complete is left as it is: the state of a step is
+        the same in every run of a configuration.
+
+        Raises CheckpointError if the save before this one failed; this one is under way all the same.
+        """
+        failure = self._settle()
+        if step in self.steps():
+            log.info("checkpoint of step %d is complete already", step)
+        else:
+            # Orbax copies arrays before it returns; on CPU its host view keeps a buffer from being donated instead.
+            # It refuses an item without leaves, so such an item is not stored.
+            flat = {name: leaves for name, tree in items.items() if (leaves := flatten(tree))}
+            described = {name: _describe(leaves) for name, leaves in flat.items()}
+            self._pending = self._writer.submit(self._finish, step, described, self._start(step, flat, metadata))
+        if failure:
+            raise failure
+
+    def wait(self) -> None:
+        """Waits for the save under way. Raises CheckpointError if it failed."""
+        failure = self._settle()
+        if failure:
+            raise failure
+
+    def close(self) -> None:
+        """Waits for the save under way and ends the background thread. Raises CheckpointError if the save failed."""
+        try:
+            self.wait()
+        finally:
+            self._writer.shutdown()
+
+    def _settle(self) -> CheckpointError | None:
+        pending, self._pending = self._pending, None
+        failure = pending.exception() if pending else None
+        if failure is None or isinstance(failure, CheckpointError):
+            return failure
+        raise failure
+
+    def _start(self, step: int, flat: dict[str, dict[str, Any]], metadata: dict[str, Any]):
+        """Hands the arrays to Orbax; returns its response, or the exception that kept it from starting."""
+        try:
+            if jax.process_index() == 0:
+                self.directory.mkdir(parents=True, exist_ok=True)
+                _discard(self.directory / str(step))
+            context = ocp.Context()
+            context.array.saving.use_compression = False  # float weights hardly shrink, and a save takes twice as long
+            # Created in the background, an early failure leaves threads behind that wait minutes for the directory.
+            context.asynchronous.create_directories_asynchronously = False
+            with context:
+                return ocp.save_checkpointables_async(str(self.directory / str(step)), flat, custom_metadata=metadata)
+        except Exception as error:
+            return error
+
+    def _finish(self, step: int, described: dict[str, dict[str, str]], response: Any) -> None:
+        path = self.directory / str(step)
+        try:
+            if isinstance(response, Exception):
+                raise response
+            response.result()
+            if jax.process_index() == 0:
+                _write(path / ITEMS, described)
+                _write(path / MANIFEST, _manifest(path))
+        except Exception as error:
+            if jax.process_index() == 0:
+                _discard(path)
+                self._remove_leftovers()
+            raise CheckpointError(f"saving step {step} to {path} failed: {_one_line(error)}") from error
+        if jax.process_index() == 0:
+            self._prune()
+
+    def _prune(self) -> None:
+        for step in self.steps()[: -self.keep]:
+            if not self.keep_every or step % self.keep_every:
+                try:
+                    _discard(self.directory / str(step))
+                except OSError as error:
+                    log.warning("the checkpoint of step %d could not be removed: %s", step, error)
+
+    # ---------------------------------------------------------------------------------------------------- restoring
+
+    def steps(self) -> list[int]:
+        """Steps whose save is complete, ascending."""
+        return [step for step in self._directories() if (self.directory / str(step) / MANIFEST).exists()]
+
+    def restore(
+        self, abstract_items: dict[str, Any], step: int | None = None, *, read_only: bool = False
+    ) -> tuple[int, dict[str, Any]] | None:
+        """The newest good checkpoint, or exactly that of `step`: (step, items), None if nothing was ever saved.
+
+        `abstract_items` names the items wanted: trees of arrays or `jax.ShapeDtypeStruct`, whose shardings the
+        restored arrays get (the default device's if they have none), and of plain values. Others are not read.
+
+        A damaged newest step is reported and the one before it taken. On the way the directory is put in order:
+        damaged steps are renamed, what an interrupted save left behind is removed. With `read_only`, for a reader
+        beside a running training, nothing is touched.
+
+        Raises CheckpointError if checkpoints exist but none is good, if `step` is given and is not there or damaged,
+        or if the arrays stored differ in name, shape or dtype from those asked for.
+        """
+        if step is not None:
+            if reason := self._damage(step, abstract_items):
+                raise CheckpointError(f"step {step} in {self.directory}: {reason}; complete steps are {self.steps()}")
+            return step, self._load(step, abstract_items)
+
+        candidates = self._directories()
+        unfinished = candidates.pop() if candidates and self._is_unfinished(candidates[-1]) else None
+        if unfinished is not None:
+            log.info("the save of step %d in %s was cut off before its end", unfinished, self.directory)
+        good, damaged = None, {}
+        for step in reversed(candidates):
+            reason = self._damage(step, abstract_items)
+            if not reason:
+                good = step
+                break
+            log.warning("the checkpoint of step %d in %s is damaged: %s", step, self.directory, reason)
+            damaged[step] = reason
+        if damaged and good is None:
+            reasons = "; ".join(f"step {step}: {reason}" for step, reason in damaged.items())
+            raise CheckpointError(
+                f"none of the checkpoints in {self.directory} is good, and no run starts over: {reasons}"
+            )
+
+        if not read_only and jax.process_index() == 0:
+            self._remove_leftovers()
+            if unfinished is not None:
+                _discard(self.directory / str(unfinished))
+            for bad in damaged:
+                self._move_aside(bad)
+        return None if good is None else (good, self._load(good, abstract_items))
+
+    def metadata(self, step: int) -> dict[str, Any]:
+        """What was given to `save` as `metadata`."""
+        metadata = ocp.checkpointables_metadata(str(self.directory / str(step))).custom_metadata
+        assert isinstance(metadata, dict)
+        return metadata
+
+    def _directories(self) -> list[int]:
+        if not self.directory.is_dir():
+            return []
+        return sorted(int(path.name) for path in self.directory.iterdir() if path.name.isdecimal() and path.is_dir())
+
+    def _is_unfinished(self, newest: int) -> bool:
+        """Committed by Orbax, and killed before the manifest stood. As one save ends before the next begins, only the
+        newest step can be so; a manifest missing elsewhere, or along with what Orbax wrote, is damage."""
+        path = self.directory / str(newest)
+        return not (path / MANIFEST).exists() and (path / ORBAX_METADATA).exists()
+
+    def _damage(self, step: int, items: dict[str, Any]) -> str | None:
+        """Why the files of `items` are not those that were saved; None if they are."""
+        path = self.directory / str(step)
+        if not path.is_dir():
+            return "there is no such checkpoint"
+        try:
+            manifest = json.loads((path / MANIFEST).read_bytes())
+            for name, (size, digest) in manifest["files"].items():
+                if "/" in name and name.split("/")[0] not in items:
+                    continue
+                file = path / name
+                if not file.is_file():
+                    return f"{name} is missing"
+                if file.stat().st_size != size:
+                    return f"{name} has {file.stat().st_size} bytes, {size} were written"
+                if _sha256(file) != digest:
+                    return f"{name} has other content than was written"
+            if ITEMS not in manifest["files"]:
+                return f"{MANIFEST} does not list {ITEMS}"
+        except FileNotFoundError as error:
+            return f"{Path(error.filename).name} is missing"
+        except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+            return f"{MANIFEST} cannot be used ({_one_line(error)})"
+        return None
+
+    def _load(self, step: int, abstract_items: dict[str, Any]) -> dict[str, Any]:
+        path = self.directory / str(step)
+        stored = json.loads((path / ITEMS).read_bytes())
+        wanted = {name: flatten(tree) for name, tree in abstract_items.items()}
+        for name, leaves in wanted.items():
+            _compare(stored.get(name, {}), _describe(leaves), f"{name} of step {step} in {self.directory}")
+        abstract = {name: jax.tree.map(_abstract, leaves) for name, leaves in wanted.items() if leaves}
+        loaded = ocp.load_checkpointables(str(path), abstract) if abstract else {}
+        return {name: unflatten(loaded.get(name, {}), tree) for name, tree in abstract_items.items()}
+
+    # ------------------------------------------------------------------------------------------------------- tidying
+
+    def _move_aside(self, step: int) -> None:
+        names = (f"{DAMAGED}{step}{suffix}" for suffix in ("", *(f"-{n}" for n in range(2, 1000))))
+        target = next(path for path in map(self.directory.joinpath, names) if not path.exists())
+        (self.directory / str(step)).rename(target)
+        log.warning("the damaged checkpoint of step %d is now %s", step, target)
+
+    def _remove_leftovers(self) -> None:
+        """What a process killed while saving or removing left behind."""
+        for pattern in (f"{REMOVED}*", "*.orbax-checkpoint-tmp*"):
+            for path in self.directory.glob(pattern):
+                shutil.rmtree(path, ignore_errors=True)
+
+
+def _abstract(leaf: Any) -> Any:
+    """What Orbax needs to know of a leaf in order to load it."""
+    if isinstance(leaf, jax.Array | jax.ShapeDtypeStruct):
+        sharding = leaf.sharding or jax.sharding.SingleDeviceSharding(jax.devices()[0])
+        return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding)
+    return leaf
+
+
+def _manifest(path: Path) -> dict[str, Any]:
+    """Size and SHA-256 of every file below `path`, each flushed to the disk on the way."""
+    names = sorted(str(file.relative_to(path)) for file in path.rglob("*") if file.is_file())
+    for folder in {path / parent for name in names for parent in Path(name).parents}:
+        _sync(folder)
+    return {"files": {name: [(path / name).stat().st_size, _sha256(path / name, sync=True)] for name in names}}
+
+
+def _sha256(file: Path, *, sync: bool = False) -> str:
+    with file.open("rb") as stream:
+        if sync:
+            os.fsync(stream.fileno())
+        return hashlib.file_digest(stream, "sha256").hexdigest()
+
+
+def _sync(folder: Path) -> None:
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def _write(file: Path, content: Any) -> None:
+    """Writes JSON so that the file is there in full or not at all, whatever happens."""
+    temporary = file.with_suffix(".tmp")
+    with temporary.open("w") as stream:
+        json.dump(content, stream, indent=1)
+        stream.flush()
+        os.fsync(stream.fileno())
+    temporary.replace(file)
+    _sync(file.parent)
+
+
+def _discard(path: Path) -> None:
+    """Removes a step; renamed first, so that a kill in the middle leaves no half of it under its name."""
+    if path.exists():
+        target = path.with_name(f"{REMOVED}{path.name}")
+        shutil.rmtree(target, ignore_errors=True)
+        path.rename(target)
+        shutil.rmtree(target, ignore_errors=True)
+
+
+def _one_line(error: BaseException) -> str:
+    return " ".join(str(error).split())[:300] or type(error).__name__

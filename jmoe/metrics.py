@@ -1,0 +1,192 @@
+"""What a run tells while it goes: JSON lines, TensorBoard events, and the progress bar."""
+
+import json
+import math
+import os
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from tensorboardX import SummaryWriter
+from tqdm import tqdm
+
+from jmoe.config import InputError
+
+
+class MetricsLog:
+    """Append-only JSON lines, one object each, with a "step"; every line is flushed as it is written.
+
+    Opening it for a run that goes on after `step` drops a torn last line and the lines of later steps: they are about
+    to be written again. A run that starts anew passes -1. For the file to be the same whenever the process is killed,
+    a step's lines must be written before its checkpoint, and must hold no wall-clock time.
+
+    A float32 is written with the fewest digits that give it back; NaN and infinities, which JSON lacks, as the strings
+    "NaN", "Infinity" and "-Infinity", which `float` reads.
+    """
+
+    def __init__(self, path: Path, step: int):
+        path = Path(path)
+        _drop_after(path, step)
+        self._stream = path.open("a")
+
+    def write(self, record: dict[str, Any]) -> None:
+        """Appends `record`: "step" and values by name; numbers, strings, arrays and (nested) lists of them."""
+        json.dump(plain(record), self._stream, allow_nan=False)
+        self._stream.write("\n")
+        self._stream.flush()
+
+    def close(self) -> None:
+        self._stream.close()
+
+
+def plain(value: Any) -> Any:
+    """`value` as JSON holds it: arrays become lists, numpy and jax scalars numbers."""
+    if isinstance(value, dict):
+        return {name: plain(item) for name, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [plain(item) for item in value]
+    if isinstance(value, bool | int | str | None):
+        return value
+    if not isinstance(value, float):
+        value = np.asarray(value)
+        if value.ndim:
+            return [plain(item) for item in value]
+        # The shortest decimal of a narrow float gives it back when it is rounded to its width again.
+        value = float(str(value)) if value.dtype.kind in "fV" else value.item()
+    if isinstance(value, float) and not math.isfinite(value):
+        return "NaN" if math.isnan(value) else "Infinity" if value > 0 else "-Infinity"
+    return value
+
+
+def _drop_after(path: Path, step: int) -> None:
+    """Rewrites the file without the lines after `step` and a torn last one; there in full or, if killed, as it was.
+
+    Raises InputError for a line within that is no record.
+    """
+    if not path.exists():
+        return
+    temporary = path.with_suffix(".tmp")
+    with path.open("rb") as old, temporary.open("wb") as new:
+        for number, line in enumerate(old, 1):
+            if not line.endswith(b"\n"):
+                break
+            try:
+                keep = json.loads(line)["step"] <= step
+            except (ValueError, KeyError, TypeError) as error:
+                raise InputError(f"{path}, line {number}, is not a record with a step: {line[:80]!r}") from error
+            if keep:
+                new.write(line)
+        new.flush()
+        os.fsync(new.fileno())
+    temporary.replace(path)
+
+
+class TensorBoard:
+    """TensorBoard events of the records given to `MetricsLog`; events after `step` are purged."""
+
+    def __init__(self, directory: Path, step: int):
+        self._writer = SummaryWriter(str(directory), purge_step=step + 1)
+
+    def write(self, record: dict[str, Any]) -> None:
+        """Writes every number of `record`, values by layer as one tag a layer: `experts_per_token/layer_3`.
+
+        Shares per expert become `load_max_over_mean/layer_3`. Tags of another split than "train" start with its name.
+        """
+        split = record.get("split", "train")
+        prefix = "" if split == "train" else f"{split}/"
+        for tag, value in _scalars(record).items():
+            if math.isfinite(value):
+                self._writer.add_scalar(prefix + tag, value, record["step"])
+        self._writer.flush()
+
+    def close(self) -> None:
+        self._writer.close()
+
+
+def _scalars(record: dict[str, Any]) -> dict[str, float]:
+    """The numbers in a record by TensorBoard tag."""
+    layers = record.get("moe_layers")
+    scalars = {}
+    for name, value in record.items():
+        if name in ("step", "split", "moe_layers") or isinstance(value, str):
+            continue
+        if isinstance(value, list):
+            tag = name.removesuffix("_by_layer")
+            if any(isinstance(item, list) for item in value):
+                tag, value = f"{tag}_max_over_mean", [max(item) / np.mean(item) for item in value]
+            for index, item in zip(layers or range(len(value)), value, strict=True):
+                scalars[f"{tag}/layer_{index}"] = float(item)
+        else:
+            scalars[name] = float(value)
+    return scalars
+
+
+class Progress:
+    """Progress of a training on standard output: a bar on a terminal, else a line for every logged step.
+
+    Args:
+      total: steps of the run.
+      initial: steps done before this process began.
+      tokens_per_step: for tokens/s.
+    """
+
+    def __init__(self, total: int, initial: int, tokens_per_step: int):
+        self.total = total
+        self.tokens_per_step = tokens_per_step
+        self.tokens_per_second: float | None = None
+        """over the steps since the last logged one; None until two updates are in, the first of which waits for the
+        compiler"""
+        self._stream = sys.stdout
+        self._last: tuple[int, float] | None = None
+        self._bar = None
+        if self._stream.isatty():
+            layout = "{percentage:3.0f}%|{bar}| {n}/{total} [{elapsed}<{postfix}]"
+            self._bar = tqdm(
+                total=total, initial=initial, file=self._stream, dynamic_ncols=True, bar_format=layout, postfix="?"
+            )
+
+    def update(self, step: int, metrics: dict[str, Any] | None = None) -> None:
+        """Tells that `step` is done; with `metrics` (loss, learning_rate, experts_per_token) it is a logged step."""
+        now = time.perf_counter()
+        if self._last is None:
+            self._last = step, now
+        elif metrics is not None and step > self._last[0]:
+            self.tokens_per_second = self.tokens_per_step * (step - self._last[0]) / (now - self._last[1])
+            self._last = step, now
+        if self._bar is not None:
+            self._bar.update(step - self._bar.n)
+        if metrics is None:
+            return
+        left, figures = self._left(step), self._figures(metrics)
+        if self._bar is None:
+            self.write(f"step {step:{len(str(self.total))}}/{self.total}  {figures}  {left:>7} left")
+        else:
+            self._bar.set_postfix_str(f"{left}] {figures}")
+
+    def write(self, line: str) -> None:
+        """Prints a line, above the bar if there is one."""
+        if self._bar is None:
+            print(line, file=self._stream, flush=True)
+        else:
+            self._bar.write(line, file=self._stream)
+
+    def close(self) -> None:
+        """Ends the bar."""
+        if self._bar is not None:
+            self._bar.close()
+
+    def _left(self, step: int) -> str:
+        if not self.tokens_per_second:
+            return "?"
+        return tqdm.format_interval((self.total - step) * self.tokens_per_step / self.tokens_per_second)
+
+    def _figures(self, metrics: dict[str, Any]) -> str:
+        parts = [f"loss {metrics['loss']:.4f}"] if "loss" in metrics else []
+        if "learning_rate" in metrics:
+            parts.append(f"lr {metrics['learning_rate']:.2e}")
+        if "experts_per_token" in metrics:
+            parts.append(f"{metrics['experts_per_token']:5.2f} experts/token")
+        speed = f"{self.tokens_per_second:,.0f}" if self.tokens_per_second else "-"
+        return "  ".join([*parts, f"{speed:>9} tokens/s"])

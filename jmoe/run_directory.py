@@ -1,0 +1,154 @@
+"""The directory of one run: who may write to it, and whether a command may go on with what is in it.
+
+runs/NAME/
+    config.json     the resolved configuration
+    metrics.jsonl   one object a line; timing.jsonl beside it holds the wall-clock figures
+    checkpoints/    see jmoe.checkpoint
+    routing.png     see jmoe.evaluation.routing_report
+    lock            held by the process that trains
+"""
+
+import fcntl
+import json
+import os
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, TextIO
+
+from jmoe.config import InputError, require
+
+# Keys that may differ from those the run was started with: they leave the arithmetic of a step as it is.
+FREE = (
+    *("steps", "log_every", "max_skipped", "remat", "run_dir"),
+    *("checkpoint", "evaluation", "mesh", "data.workers", "data.cache_dir"),
+)
+LEARNING_RATE = ("optim.learning_rate", "optim.schedule")
+
+
+class RunDirectory:
+    """A run directory that this process alone writes to until it is closed; a context manager."""
+
+    def __init__(self, path: Path, lock: TextIO | None = None):
+        self.path = path
+        self.config = path / "config.json"
+        self.metrics = path / "metrics.jsonl"
+        self.timing = path / "timing.jsonl"
+        self.routing = path / "routing.png"
+        self.checkpoints = path / "checkpoints"
+        self._lock = lock
+
+    @classmethod
+    def open(cls, path: str | os.PathLike[str]) -> "RunDirectory":
+        """Creates the directory if need be and locks it. The lock ends with the process, however that ends.
+
+        Raises InputError if it cannot be written to, or another process has it.
+        """
+        directory = Path(path)
+        try:
+            directory.mkdir(parents=True, exist_ok=True)
+            lock = (directory / "lock").open("a+")
+        except OSError as error:
+            raise InputError(f"run directory {directory} cannot be written to: {error.strerror}") from error
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            lock.seek(0)
+            holder = lock.read().strip()
+            lock.close()
+            if not isinstance(error, BlockingIOError):
+                raise InputError(f"run directory {directory} cannot be locked: {error.strerror}") from error
+            by = f" by process {holder}" if holder.isdecimal() else ""
+            raise InputError(
+                f"run directory {directory} is in use{by}; end that run first, or give another --run-dir"
+            ) from error
+        lock.truncate(0)
+        lock.write(f"{os.getpid()}\n")
+        lock.flush()
+        return cls(directory, lock)
+
+    def close(self) -> None:
+        """Lets another process have the directory."""
+        if self._lock:
+            self._lock.close()
+            self._lock = None
+
+    def __enter__(self) -> "RunDirectory":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def write_config(self, config: dict[str, Any]) -> None:
+        """Writes config.json: there in full or, if the process is killed, as it was."""
+        temporary = self.config.with_suffix(".tmp")
+        with temporary.open("w") as stream:
+            json.dump(config, stream, indent=2)
+            stream.write("\n")
+            stream.flush()
+            os.fsync(stream.fileno())
+        temporary.replace(self.config)
+
+    def read_config(self) -> dict[str, Any] | None:
+        """What config.json holds, None if there is none. Raises InputError if it is not a JSON object."""
+        try:
+            config = json.loads(self.config.read_bytes())
+        except FileNotFoundError:
+            return None
+        except OSError as error:
+            raise InputError(f"{self.config} cannot be read: {error.strerror}") from error
+        except ValueError as error:
+            raise InputError(f"{self.config} is not JSON: {error}") from error
+        require(isinstance(config, dict), f"{self.config} holds {type(config).__name__}; it must hold a JSON object")
+        return config
+
+
+def check_resume(old: dict[str, Any], new: dict[str, Any], *, allow_learning_rate: bool = False) -> None:
+    """Refuses to go on with a run of configuration `old` under `new`, both in JSON form.
+
+    `FREE` keys may differ; learning rate and schedule may with `allow_learning_rate`. Raises InputError with a line
+    and below it one indented line for each difference in the way.
+    """
+    changed = [(key, text) for key, text in _differences(old, new) if not _within(key, FREE)]
+    if allow_learning_rate:
+        changed = [(key, text) for key, text in changed if not _within(key, LEARNING_RATE)]
+    if not changed:
+        return
+    only_rate = all(_within(key, LEARNING_RATE) for key, _ in changed)
+    ways = "--allow-learning-rate-change or another --run-dir" if only_rate else "another --run-dir"
+    lines = "".join(f"\n  {key}: {text}" for key, text in changed)
+    raise InputError(f"this command cannot go on with the run in its directory; give {ways}, or undo:{lines}")
+
+
+def check_fingerprints(old: dict[str, str], new: dict[str, str]) -> None:
+    """Refuses to go on with other data than the run has seen: fingerprints by name, for instance of the tokenizer.
+
+    Raises InputError in the manner of `check_resume`.
+    """
+    lines = "".join(f"\n  {key}: {text}" for key, text in _differences(old, new))
+    if lines:
+        raise InputError(f"the text or tokenizer on this machine is not what the run was trained on:{lines}")
+
+
+def _within(key: str, sections: tuple[str, ...]) -> bool:
+    return any(key == section or key.startswith(f"{section}.") for section in sections)
+
+
+def _differences(old: Any, new: Any, key: str = "") -> Iterator[tuple[str, str]]:
+    """Dotted path and description of each leaf in which two JSON values differ."""
+    if isinstance(old, list) and isinstance(new, list):
+        old, new = dict(enumerate(old)), dict(enumerate(new))
+    if not (isinstance(old, dict) and isinstance(new, dict)):
+        if json.dumps(old) != json.dumps(new):
+            yield key, f"run has {json.dumps(old)}, command says {json.dumps(new)}"
+        return
+    dot = f"{key}." if key else ""
+    if old.get("kind") != new.get("kind"):  # members of a union: their fields are not comparable
+        yield f"{dot}kind", f"run has {json.dumps(old.get('kind'))}, command says {json.dumps(new.get('kind'))}"
+        return
+    for name in [*old, *(name for name in new if name not in old)]:
+        if name not in new:
+            yield f"{dot}{name}", f"run has {json.dumps(old[name])}, command has no such entry"
+        elif name not in old:
+            yield f"{dot}{name}", f"run has no such entry, command says {json.dumps(new[name])}"
+        else:
+            yield from _differences(old[name], new[name], f"{dot}{name}")
