@@ -16,7 +16,7 @@ from jmoe.data.tokenizer import Tokenizer
 from jmoe.generate import Sampling, check_tokens, generate
 from jmoe.model.attention import Place, positions_in_row
 from jmoe.model.transformer import Transformer
-from jmoe.run_directory import read_config
+from jmoe.run_directory import RunDirectory
 from jmoe.sharding import make_mesh
 from jmoe.training import abstract_state
 
@@ -38,7 +38,10 @@ class LanguageModel:
         checkpoint can be used.
         """
         run_dir = Path(run_dir)
-        settings = recipe.from_dict(read_config(run_dir))
+        saved = RunDirectory(run_dir).read_config()
+        if saved is None:
+            raise InputError(f"{run_dir} is no run directory: it has no config.json")
+        settings = recipe.from_dict(saved)
         # One device reads whatever mesh the run was trained on.
         mesh = make_mesh(config.Mesh(), jax.local_devices()[:1])
         abstract = {"params": abstract_state(settings, mesh).params}
@@ -46,7 +49,8 @@ class LanguageModel:
         if restored is None:
             raise InputError(f"{run_dir} has no checkpoint yet")
         step, items = restored
-        return cls(settings, items["params"], Tokenizer.from_file(run_dir / "tokenizer.json"), step)
+        eos = settings.data.tokenizer.eos if isinstance(settings.data.tokenizer, config.TokenizerFile) else None
+        return cls(settings, items["params"], Tokenizer.from_file(run_dir / "tokenizer.json", eos), step)
 
     def logits(self, tokens: Int[np.ndarray, "B S"] | Int[Array, "B S"]) -> Float[Array, "B S V"]:
         """Next-token logits, float32 [B, S, V], of token ids int32 [B, S]; each row is one text.
@@ -59,7 +63,7 @@ class LanguageModel:
     def generate(
         self, prompt: str, *, max_new_tokens: int = 200, sampling: Sampling = Sampling(temperature=0.8, top_p=0.95)
     ) -> str:
-        """Text that continues `prompt`, until the text ends or `max_new_tokens` are generated. The prompt is left out."""
+        """Text that continues `prompt`, which is left out: up to the end of the text or `max_new_tokens`."""
         ids = np.concatenate([[self.tokenizer.eos], self.tokenizer.encode(prompt)]).astype(np.int32)
         return self.tokenizer.decode(self.generate_tokens(ids, max_new_tokens=max_new_tokens, sampling=sampling))
 
@@ -90,6 +94,6 @@ def check_vocabulary(tokenizer: Tokenizer, settings: config.Config) -> None:
     """Raises `InputError` if the tokenizer has ids that the model's embedding table does not."""
     require(
         tokenizer.vocab_size <= settings.model.vocab_size,
-        f"the tokenizer's ids go up to {tokenizer.vocab_size - 1}; model.vocab_size = {settings.model.vocab_size} must be "
-        f"at least {tokenizer.vocab_size}",
+        f"the tokenizer has ids up to {tokenizer.vocab_size - 1}; model.vocab_size = {settings.model.vocab_size} must be at "
+        f"least {tokenizer.vocab_size}",
     )

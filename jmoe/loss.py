@@ -122,9 +122,8 @@ def loss_terms(sums: Sums, counts: Stats, total: Totals, coefficients: config.Lo
     terms = {
         "cross_entropy": sums.cross_entropy / total.targets,
         "z_loss": sums.z_squared / total.targets,
-        "load_balance_loss": sum(
-            (balance.load_balance_loss(own, whole, total.tokens) for own, whole in layers), zero
-        ) / num_layers,
+        "load_balance_loss": sum((balance.load_balance_loss(own, whole, total.tokens) for own, whole in layers), zero)
+        / num_layers,
         "dynamic_loss": sum((balance.dynamic_loss(own, total.tokens) for own, _ in layers), zero) / num_layers,
     }
     loss = (

@@ -6,7 +6,7 @@ else in jmoe names a mesh axis but `jmoe.model.expert_parallel`.
 
 import dataclasses
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
@@ -33,7 +33,7 @@ TABLE: Mapping[str, tuple[str, ...]] = {
 }
 
 
-def make_mesh(sizes: config.Mesh, devices: list[jax.Device] | None = None) -> jax.sharding.Mesh:
+def make_mesh(sizes: config.Mesh, devices: Sequence[Any] | None = None) -> jax.sharding.Mesh:
     """A mesh with the four axes of `MESH_AXES`, in Auto mode.
 
     Args:
@@ -49,7 +49,9 @@ def make_mesh(sizes: config.Mesh, devices: list[jax.Device] | None = None) -> ja
     for name, size in shape.items():
         if size == -1:
             if len(devices) % fixed:
-                raise InputError(f"mesh.{name} = -1: {len(devices)} devices are not divisible by the other axes' {fixed}")
+                raise InputError(
+                    f"mesh.{name} = -1: {len(devices)} devices are not divisible by the other axes' {fixed}"
+                )
             shape[name] = len(devices) // fixed
     needed = math.prod(shape.values())
     if needed > len(devices):
@@ -75,7 +77,7 @@ def spec(*logical_axes: str | None) -> PartitionSpec:
 
 
 def shard(x: jax.Array, *logical_axes: str | None) -> jax.Array:
-    """Constrains `x` to the sharding of its logical axes on the mesh in use (`jax.set_mesh`); without one, does nothing."""
+    """Constrains `x` to the sharding of its logical axes on the mesh in use (`jax.set_mesh`), if there is one."""
     if jax.sharding.get_abstract_mesh().empty:
         return x
     return jax.lax.with_sharding_constraint(x, spec(*logical_axes))
@@ -128,6 +130,11 @@ def batch_sharding(mesh: jax.sharding.Mesh) -> NamedSharding:
     return NamedSharding(mesh, spec("batch", "seq"))
 
 
-def batch_shards(mesh: jax.sharding.Mesh) -> int:
-    """Into how many parts the batch is split."""
-    return math.prod(mesh.shape[axis] for axis in TABLE["batch"])
+def check_batch(batch_size: int, accumulation: int, mesh: jax.sharding.Mesh) -> None:
+    """Raises `InputError` if a micro-batch cannot be split evenly over the devices along the batch."""
+    parts = math.prod(mesh.shape[axis] for axis in TABLE["batch"])
+    if batch_size % (accumulation * parts):
+        raise InputError(
+            f"batch_size = {batch_size} is not divisible by accumulation * mesh {'*'.join(TABLE['batch'])} = "
+            f"{accumulation} * {parts}"
+        )

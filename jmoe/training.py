@@ -14,7 +14,7 @@ from jmoe import config, optim
 from jmoe.batch import Batch
 from jmoe.loss import Sums, Totals, forward, hidden_states, loss_terms, totals
 from jmoe.model.transformer import Stats, Transformer, by_layer
-from jmoe.sharding import batch_sharding, tree_shardings
+from jmoe.sharding import batch_sharding, is_variable, logical_axes, tree_shardings
 
 
 class TrainState(NamedTuple):
@@ -43,7 +43,7 @@ class Metrics(NamedTuple):
 def init_state(settings: config.Config) -> TrainState:
     """The state before the first step: a pure function of the config. `create_state` makes it sharded."""
     key, params_key = jax.random.split(jax.random.key(settings.seed))
-    params = Transformer(settings.model, params_key)
+    params: Any = Transformer(settings.model, params_key)
     zero = jnp.zeros((), jnp.int32)
     return TrainState(zero, params, optim.transformation(settings.optim).init(params), zero, key)
 
@@ -70,7 +70,7 @@ def put_batch(batch: Batch, mesh: jax.sharding.Mesh) -> Batch:
     return jax.tree.map(partial(jax.make_array_from_process_local_data, batch_sharding(mesh)), batch)
 
 
-def gradients(params: Transformer, batch: Batch, settings: config.Config) -> tuple[Transformer, Array, Metrics]:
+def gradients(params: Transformer, batch: Batch, settings: config.Config) -> tuple[Any, Array, Metrics]:
     """Gradient and value of the loss over a global batch, in `settings.accumulation` micro-batches.
 
     The load-balance loss needs the assignment counts of the whole batch before the first gradient, so accumulation
@@ -113,14 +113,18 @@ def train_step(state: TrainState, batch: Batch, settings: config.Config) -> tupl
     finite = jnp.isfinite(loss) & jnp.isfinite(grad_norm)
     learning_rate = jnp.asarray(optim.schedule(settings.optim, settings.steps)(state.step), jnp.float32)
 
+    old: Any = state.params  # optax's types know only dicts, lists and arrays
+
     def update():
-        direction, opt_state = optim.transformation(settings.optim).update(grads, state.opt_state, state.params)
-        return optax.apply_updates(state.params, optax.tree.scale(-learning_rate, direction)), opt_state
+        direction, opt_state = optim.transformation(settings.optim).update(grads, state.opt_state, old)
+        return optax.apply_updates(old, optax.tree.scale(-learning_rate, direction)), opt_state
 
     params, opt_state = jax.lax.cond(finite, update, lambda: (state.params, state.opt_state))
     skipped_in_a_row = jnp.where(finite, 0, state.skipped_in_a_row + 1)
     metrics.scalars.update(
-        grad_norm=grad_norm, learning_rate=learning_rate, skipped=(~finite).astype(jnp.int32),
+        grad_norm=grad_norm,
+        learning_rate=learning_rate,
+        skipped=(~finite).astype(jnp.int32),
         skipped_in_a_row=skipped_in_a_row,
     )
     return TrainState(state.step + 1, params, opt_state, skipped_in_a_row, state.key), metrics
@@ -131,9 +135,7 @@ def make_train_step(
 ) -> Callable[[TrainState, Batch], tuple[TrainState, Metrics]]:
     """`train_step` jitted for a mesh, with the state donated and its shardings kept."""
     shardings = jax.tree.map(lambda leaf: leaf.sharding, abstract_state(settings, mesh))
-    step = jax.jit(
-        partial(train_step, settings=settings), donate_argnums=0, out_shardings=(shardings, None)
-    )
+    step = jax.jit(partial(train_step, settings=settings), donate_argnums=0, out_shardings=(shardings, None))
 
     def run(state: TrainState, batch: Batch) -> tuple[TrainState, Metrics]:
         with jax.set_mesh(mesh):
@@ -198,6 +200,14 @@ def describe(model: config.Model, metrics: Metrics) -> dict[str, Any]:
     """A step's metrics as plain values. Waits for the step to end."""
     scalars = {name: np.asarray(value).item() for name, value in metrics.scalars.items()}
     return scalars | describe_routing(model, metrics.stats, float(metrics.total.tokens))
+
+
+def describe_model(model: config.Model) -> str:
+    """A line on the architecture: layers and parameters, of which those of MoE experts apart."""
+    shapes = jax.eval_shape(partial(Transformer, model), jax.random.key(0))
+    total = sum(leaf.size for leaf in jax.tree.leaves(shapes))
+    experts = sum(v.size for v in jax.tree.leaves(shapes, is_leaf=is_variable) if "expert_mlp" in logical_axes(v))
+    return f"model: {model.num_layers} layers, {total:,} parameters, {experts:,} of them in experts"
 
 
 def checkpoint_items(state: TrainState, fingerprints: dict[str, str]) -> dict[str, Any]:

@@ -66,14 +66,13 @@ class Attention(nnx.Module):
         k = shard(k, "batch", "seq", "kv_heads", "head_dim")
         v = shard(v, "batch", "seq", "kv_heads", "head_dim")
         if cache is not None:
+            assert place.start is not None, "with a cache, say where in it the tokens go"
             cache = Cache(
                 jax.lax.dynamic_update_slice_in_dim(cache.keys, k, place.start, axis=1),
                 jax.lax.dynamic_update_slice_in_dim(cache.values, v, place.start, axis=1),
             )
             k, v = cache
-        mixed = attention(
-            q, k, v, place.segment_ids, place.key_segment_ids, place.positions, place.key_positions
-        )
+        mixed = attention(q, k, v, place.segment_ids, place.key_segment_ids, place.positions, place.key_positions)
         out = jnp.einsum("BSNH,NHD->BSD", mixed, self.out[...].astype(x.dtype), preferred_element_type=jnp.float32)
         return out.astype(x.dtype), cache
 

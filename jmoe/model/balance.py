@@ -14,7 +14,7 @@ from jmoe.model.router import RouterStats
 def load_balance_loss(
     stats: RouterStats, tokens_per_expert: Float[Array, "*L E"], num_tokens: Float[Array, ""]
 ) -> Float[Array, ""]:
-    """E · Σ_i f_i Q_i, summed over layers: f_i the share of assignments, Q_i the mean probability (arXiv 2403.07652, eq. 5).
+    """E · Σ_i f_i Q_i, summed over layers: f_i share of assignments, Q_i mean probability (arXiv 2403.07652, eq. 5).
 
     Args:
       stats: sums over the tokens at hand, [*L, E] with any leading layer axes.

@@ -47,6 +47,6 @@ def apply_experts(
         weights = (jax.lax.pcast(w, TABLE["batch"], to="varying") for w in weights)
         return local_experts(tokens, expert_ids, combine_weights, *weights)
 
-    return jax.shard_map(
-        on_device, in_specs=(by_token, by_token, by_token, whole, whole, whole), out_specs=by_token
-    )(tokens, expert_ids, combine_weights, gate, up, down)
+    return jax.shard_map(on_device, in_specs=(by_token, by_token, by_token, whole, whole, whole), out_specs=by_token)(
+        tokens, expert_ids, combine_weights, gate, up, down
+    )

@@ -18,8 +18,8 @@ def attention(
 
     Args:
       queries: [B, S, N, H].
-      keys, values: [B, L, G, H]; query head n reads key head n // (N/G). In training L = S; with a cache L is its length.
-      query_segments, key_segments: int32, a query sees only keys of its own segment.
+      keys, values: [B, L, G, H]; query head n reads key head n // (N/G). L is S or the length of a cache.
+      query_segments, key_segments: int32; a query sees only keys of its own.
       query_positions, key_positions: int32, places within the segment.
 
     Returns:

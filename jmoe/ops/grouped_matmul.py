@@ -1,7 +1,7 @@
 """Matrix products of row groups, each with its own weights: the work of the experts.
 
 Rows lie sorted by group; group g is multiplied by `weights[g]`. The work follows the rows that belong to a group, not
-the length of the buffer: rows past the sum of `group_sizes` may hold anything, NaN included, and their outputs are zero.
+the length of the buffer: rows past the sum of `group_sizes` may hold anything, even NaN, and their outputs are zero.
 """
 
 import jax
@@ -48,11 +48,13 @@ def _forward(rows, weights, group_sizes):
 
 
 def _weight_gradient(rows, d_out, group_sizes):
-    return lax.platform_dependent(rows, d_out, group_sizes, cpu=_blocked_weight_gradient, default=_ragged_weight_gradient)
+    return lax.platform_dependent(
+        rows, d_out, group_sizes, cpu=_blocked_weight_gradient, default=_ragged_weight_gradient
+    )
 
 
-# The blocked implementation, for CPU: blocks of rows that never span two groups. A group's last block may reach into the
-# next group's rows; what it computes there is masked, and overwritten since blocks run in ascending order.
+# The blocked implementation, for CPU: blocks of rows that never span two groups. A group's last block may reach into
+# the next group's rows; what it computes there is masked, and overwritten since blocks run in ascending order.
 
 
 def _blocks(group_sizes, block_rows):

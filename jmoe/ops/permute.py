@@ -1,8 +1,8 @@
 """Moving rows between token order and expert order: gathers in both directions, forward and backward.
 
-The R = T·K slots of T tokens are sorted by expert. `order[r]` is the slot that sorted row r comes from, `inverse[s]` the
-sorted row of slot s; slot s belongs to token s // K. Since the two undo each other, the gradient of either gather is
-the other one, and nothing is ever scatter-added.
+The R = T·K slots of T tokens are sorted by expert. `order[r]` is the slot that sorted row r comes from, `inverse[s]`
+the sorted row of slot s; slot s belongs to token s // K. Since the two undo each other, the gradient of either gather
+is the other one, and nothing is ever scatter-added.
 """
 
 import jax

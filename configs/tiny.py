@@ -1,0 +1,25 @@
+"""A small nucleus-routed MoE on the embedded corpus, the source text of Python's own standard library.
+
+Command:   python train.py
+Hardware:  2 CPU cores, about 5 minutes
+Expected:  see README.md
+"""
+
+from jmoe.config import BPE, AdamW, Config, Cosine, Data, LayerGroup, Model, MoE, Nucleus
+
+
+def config() -> Config:
+    return Config(
+        model=Model(
+            vocab_size=4096,
+            d_model=128,
+            num_heads=4,
+            num_kv_heads=2,
+            head_dim=32,
+            layers=(LayerGroup((MoE(num_experts=16, d_ff=128, router=Nucleus(p=0.4)),), repeats=4),),
+        ),
+        data=Data(tokenizer=BPE(vocab_size=4096), seq_len=256),
+        optim=AdamW(learning_rate=3e-3, schedule=Cosine(warmup_steps=30)),
+        steps=500,
+        batch_size=16,
+    )

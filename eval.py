@@ -1,0 +1,78 @@
+"""Evaluates a run, or lets it write: `python eval.py RUN_DIR [--flag value ...]`; `--help` lists the flags.
+
+The run's own config says all that is needed. Prints the figures and writes them to RUN_DIR/eval.json; with --prompt it
+prints generated text instead. Exit codes: 0 done, 1 no checkpoint can be used, 2 bad input.
+"""
+
+import dataclasses
+import json
+import logging
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+import jmoe
+from jmoe import config, recipe, sharding, training
+from jmoe.checkpoint import CheckpointError
+from jmoe.config import InputError
+from jmoe.data.pipeline import validation_batches
+from jmoe.data.prepare import prepare
+from jmoe.evaluation.perplexity import evaluate
+from jmoe.evaluation.routing_report import routing_table
+from jmoe.generate import Sampling
+
+
+@dataclass(frozen=True)
+class Options:
+    """Flags of this script."""
+
+    step: int | None = None
+    """the checkpoint; the newest good one if None [steps]"""
+    data: str | None = None
+    """other text to evaluate on: a pattern of .txt and .jsonl files, each also .gz or .zst [path]"""
+    batches: int | None = None
+    """most batches to evaluate; the whole text if None [batches]"""
+    prompt: str | None = None
+    """generate text that continues this one, instead of evaluating [text]"""
+    max_new_tokens: int = 200
+    """most tokens to generate [tokens]"""
+    sampling: Sampling = Sampling(temperature=0.8, top_p=0.95)
+    """how tokens are drawn"""
+
+
+def main(argv: list[str]) -> int:
+    run_dir, options = recipe.arguments(argv, Options(), name="RUN_DIR", meaning="the directory of a run")
+    run = jmoe.load(run_dir, step=options.step)
+    if options.prompt is not None:
+        text = run.generate(options.prompt, max_new_tokens=options.max_new_tokens, sampling=options.sampling)
+        print(options.prompt + text)
+        return 0
+
+    settings, data = run.settings, run.settings.data
+    if options.data is not None:
+        data = dataclasses.replace(data, validation=(config.Files(glob=options.data),))
+    prepared = prepare(data, run.tokenizer, "validation")
+    mesh = sharding.make_mesh(config.Mesh())
+    batches = validation_batches(prepared, batch_size=settings.batch_size, seq_len=data.seq_len, limit=options.batches)
+    values = evaluate(training.make_eval_step(settings, mesh), run.params, batches, prepared, settings.model, mesh)
+    print(f"{run_dir}, step {run.step}, {values['tokens']:,} tokens of {options.data or 'the held-out text'}")
+    print(f"loss           {values['loss']:.4f} nats/token (unigram entropy {values['unigram_entropy']:.4f})")
+    print(f"perplexity     {values['perplexity']:.3f}")
+    print(f"bits per byte  {values['bits_per_byte']:.4f}")
+    print(routing_table(values))
+    path = Path(run_dir) / "eval.json"
+    try:
+        path.write_text(json.dumps({"step": run.step, "data": options.data, **values}, indent=2) + "\n")
+    except OSError as error:
+        raise InputError(f"{path} cannot be written: {error.strerror}") from error
+    return 0
+
+
+if __name__ == "__main__":
+    logging.basicConfig(format="%(levelname)s: %(message)s", level=logging.WARNING)
+    with recipe.exit_on_input_error():
+        try:
+            code = main(sys.argv[1:])
+        except CheckpointError as error:
+            sys.exit(f"error: {error}")
+    sys.exit(code)
