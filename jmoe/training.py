@@ -109,7 +109,7 @@ def train_step(state: TrainState, batch: Batch, settings: config.Config) -> tupl
     """One optimiser step. Where the loss or a gradient is not finite, parameters and optimiser state stay as they are,
     and the step is counted in `skipped_in_a_row`."""
     grads, loss, metrics = gradients(state.params, batch, settings)
-    grad_norm = optax.global_norm(grads)
+    grad_norm = optax.tree.norm(grads)
     finite = jnp.isfinite(loss) & jnp.isfinite(grad_norm)
     learning_rate = jnp.asarray(optim.schedule(settings.optim, settings.steps)(state.step), jnp.float32)
 
@@ -130,18 +130,23 @@ def train_step(state: TrainState, batch: Batch, settings: config.Config) -> tupl
     return TrainState(state.step + 1, params, opt_state, skipped_in_a_row, state.key), metrics
 
 
-def make_train_step(
-    settings: config.Config, mesh: jax.sharding.Mesh
-) -> Callable[[TrainState, Batch], tuple[TrainState, Metrics]]:
-    """`train_step` jitted for a mesh, with the state donated and its shardings kept."""
+class OnMesh:
+    """A jitted function that is called with its mesh in use."""
+
+    def __init__(self, jitted: Any, mesh: jax.sharding.Mesh):
+        self.jitted = jitted
+        self.mesh = mesh
+
+    def __call__(self, *args: Any) -> Any:
+        with jax.set_mesh(self.mesh):
+            return self.jitted(*args)
+
+
+def make_train_step(settings: config.Config, mesh: jax.sharding.Mesh) -> OnMesh:
+    """`train_step` jitted for a mesh: (state, batch) → (state, metrics), the state donated, its shardings kept."""
     shardings = jax.tree.map(lambda leaf: leaf.sharding, abstract_state(settings, mesh))
-    step = jax.jit(partial(train_step, settings=settings), donate_argnums=0, out_shardings=(shardings, None))
-
-    def run(state: TrainState, batch: Batch) -> tuple[TrainState, Metrics]:
-        with jax.set_mesh(mesh):
-            return step(state, batch)
-
-    return run
+    step = partial(train_step, settings=settings)
+    return OnMesh(jax.jit(step, donate_argnums=0, out_shardings=(shardings, None)), mesh)
 
 
 class EvalSums(NamedTuple):
@@ -152,8 +157,8 @@ class EvalSums(NamedTuple):
     tokens: Array
 
 
-def make_eval_step(settings: config.Config, mesh: jax.sharding.Mesh) -> Callable[[Transformer, Batch], EvalSums]:
-    """A jitted forward pass that returns the sums of a batch."""
+def make_eval_step(settings: config.Config, mesh: jax.sharding.Mesh) -> OnMesh:
+    """A jitted forward pass: (parameters, batch) → `EvalSums`."""
 
     def eval_step(params, batch):
         return EvalSums(
@@ -162,13 +167,7 @@ def make_eval_step(settings: config.Config, mesh: jax.sharding.Mesh) -> Callable
             (batch.segment_ids > 0).sum(dtype=jnp.float32),
         )
 
-    step = jax.jit(eval_step)
-
-    def run(params: Transformer, batch: Batch) -> EvalSums:
-        with jax.set_mesh(mesh):
-            return step(params, batch)
-
-    return run
+    return OnMesh(jax.jit(eval_step), mesh)
 
 
 def describe_routing(model: config.Model, stats: Stats, tokens: float) -> dict[str, Any]:
@@ -211,11 +210,17 @@ def describe_model(model: config.Model) -> str:
 
 
 def checkpoint_items(state: TrainState, fingerprints: dict[str, str]) -> dict[str, Any]:
-    """The state as the items of a checkpoint; `fingerprints` tell tokenizer and data."""
-    rest = {"step": state.step, "skipped_in_a_row": state.skipped_in_a_row, "key": state.key}
-    return {"params": state.params, "optimizer": state.opt_state, "progress": rest, "data": fingerprints}
+    """The state as the items of a checkpoint; `fingerprints` tell what tokenizer and data it was trained on."""
+    return {
+        "params": state.params,
+        "optimizer": state.opt_state,
+        "random": {"key": state.key},
+        "data": {"step": state.step, "skipped_in_a_row": state.skipped_in_a_row, **fingerprints},
+    }
 
 
-def from_checkpoint(items: dict[str, Any]) -> TrainState:
-    """The state that `checkpoint_items` took apart."""
-    return TrainState(params=items["params"], opt_state=items["optimizer"], **items["progress"])
+def from_checkpoint(items: dict[str, Any]) -> tuple[TrainState, dict[str, str]]:
+    """The state and the fingerprints that `checkpoint_items` took apart."""
+    data = dict(items["data"])
+    step, skipped_in_a_row = data.pop("step"), data.pop("skipped_in_a_row")
+    return TrainState(step, items["params"], items["optimizer"], skipped_in_a_row, items["random"]["key"]), data

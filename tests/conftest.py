@@ -1,6 +1,11 @@
 """Tests run on eight emulated CPU devices unless JMOE_TEST_PLATFORM names another platform (cuda, tpu)."""
 
 import os
+import random
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
 
 PLATFORM = os.environ.get("JMOE_TEST_PLATFORM", "cpu")
 DEVICES = 8
@@ -8,8 +13,10 @@ DEVICES = 8
 # Before JAX is imported: it reads these once.
 os.environ["JAX_PLATFORMS"] = PLATFORM
 if PLATFORM == "cpu":
-    flags = f"{os.environ.get('XLA_FLAGS', '')} --xla_force_host_platform_device_count={DEVICES}"
-    os.environ["XLA_FLAGS"] = flags.strip()
+    # Level 0, since a test's programs run once or twice: compiling takes a third of the time. Scripts that tests start
+    # as processes compile as they do for users.
+    flags = f"--xla_force_host_platform_device_count={DEVICES} --xla_backend_optimization_level=0"
+    os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {flags}".strip()
 
 import jax  # noqa: E402
 import pytest  # noqa: E402
@@ -43,3 +50,81 @@ def devices() -> list[jax.Device]:
     if len(found) < DEVICES:
         pytest.skip(f"needs {DEVICES} devices")
     return found[:DEVICES]
+
+
+RECIPE = """
+from jmoe.config import *
+
+
+def config():
+    layers = (LayerGroup((Dense(d_ff=24), MoE(num_experts=8, d_ff=16, router=Nucleus(p=0.4)))),)
+    return Config(
+        model=Model(257, d_model=16, num_heads=2, num_kv_heads=1, head_dim=8, tie_embeddings=False, layers=layers),
+        data=Data(sources=(Files({glob!r}),), validation_fraction=0.2, seq_len=32),
+        optim=AdamW(learning_rate=1e-2, schedule=Constant(warmup_steps=4)),
+        checkpoint=Checkpoint(every=4, keep=3),
+        evaluation=Evaluation(every=8, batches=1000),
+        steps=24,
+        batch_size=4,
+        log_every=1,
+    )
+"""
+
+
+class Scripts:
+    """Runs train.py and eval.py as a user does: as processes, on a recipe whose steps take milliseconds.
+
+    The processes share one compilation cache, without which each would compile for some seconds.
+    """
+
+    root = Path(__file__).parents[1]
+
+    def __init__(self, folder: Path, cache: Path):
+        self.text, self.recipe = folder / "text", folder / "tiny.py"
+        self.recipe.write_text(RECIPE.format(glob=str(self.text / "*.txt")))
+        self.environment = {
+            **{name: value for name, value in os.environ.items() if name != "XLA_FLAGS"},
+            "JMOE_CACHE": str(cache),
+            "JAX_COMPILATION_CACHE_DIR": str(cache / "jax"),
+            "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
+        }
+        self.text.mkdir()
+        generator = random.Random(0)
+        words = ("every", "token", "goes", "to", "the", "experts", "that", "its", "router", "gave", "most", "of", "all")
+        for number in range(40):
+            drawn = generator.choices(words, k=generator.randrange(20, 120))
+            (self.text / f"{number:02d}.txt").write_text(" ".join(drawn))
+
+    def start(self, script: str, *arguments: Any, **environment: str) -> "subprocess.Popen[bytes]":
+        """A script under way, its output in pipes."""
+        return subprocess.Popen(
+            [sys.executable, script, *map(str, arguments)],
+            cwd=self.root,
+            env=self.environment | environment,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+        )
+
+    def run(self, script: str, *arguments: Any, **environment: str) -> tuple[int, str, str]:
+        """Exit code, standard output and standard error of a script."""
+        with self.start(script, *arguments, **environment) as process:
+            out, err = process.communicate(timeout=300)
+        return process.returncode, out.decode(), err.decode()
+
+    def train(self, run_dir: Path, *flags: Any, **environment: str) -> tuple[int, str, str]:
+        """train.py on the recipe."""
+        return self.run("train.py", self.recipe, "--run-dir", run_dir, *flags, **environment)
+
+
+@pytest.fixture(scope="session")
+def scripts(tmp_path_factory: pytest.TempPathFactory, cache: Path) -> Scripts:
+    return Scripts(tmp_path_factory.mktemp("scripts"), cache)
+
+
+@pytest.fixture(scope="session")
+def trained(scripts: Scripts, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str, str]:
+    """An uninterrupted run, and what it printed to standard output and error. Tests that write to it copy it first."""
+    run_dir = tmp_path_factory.mktemp("trained") / "run"
+    code, out, err = scripts.train(run_dir)
+    assert code == 0, err
+    return run_dir, out, err

@@ -1,6 +1,9 @@
 """A bank of SwiGLU experts, on rows sorted by expert."""
 
+from typing import NamedTuple
+
 import jax
+import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float, Int, PRNGKeyArray
 
@@ -9,16 +12,24 @@ from jmoe.model.layers import normal, parameter
 from jmoe.ops.grouped_matmul import grouped_matmul
 
 
+class ExpertWeights(NamedTuple):
+    """The matrices of E experts, all in one dtype."""
+
+    gate: Array
+    """[E, D, F]"""
+    up: Array
+    """[E, D, F]"""
+    down: Array
+    """[E, F, D]"""
+
+
 def swiglu_experts(
-    rows: Float[Array, "R D"],
-    group_sizes: Int[Array, " E"],
-    gate: Float[Array, "E D F"],
-    up: Float[Array, "E D F"],
-    down: Float[Array, "E F D"],
+    rows: Float[Array, "R D"], group_sizes: Int[Array, " E"], weights: ExpertWeights
 ) -> Float[Array, "R D"]:
     """(silu(x · gate_e) ∘ (x · up_e)) · down_e for the rows x of each expert e; zero for rows past the last group."""
-    hidden = jax.nn.silu(grouped_matmul(rows, gate, group_sizes)) * grouped_matmul(rows, up, group_sizes)
-    return grouped_matmul(hidden, down, group_sizes)
+    gate_and_up = jnp.concatenate([weights.gate, weights.up], axis=-1)  # one product for two
+    gate, up = jnp.split(grouped_matmul(rows, gate_and_up, group_sizes), 2, axis=-1)
+    return grouped_matmul(jax.nn.silu(gate) * up, weights.down, group_sizes)
 
 
 class Experts(nnx.Module):
@@ -30,3 +41,7 @@ class Experts(nnx.Module):
         self.gate = parameter(normal(gate, (E, D, F), model.init_std), "expert", "embed", "expert_mlp")
         self.up = parameter(normal(up, (E, D, F), model.init_std), "expert", "embed", "expert_mlp")
         self.down = parameter(normal(down, (E, F, D), model.init_std), "expert", "expert_mlp", "embed")
+
+    def weights(self, dtype: jnp.dtype | type) -> ExpertWeights:
+        """The matrices in the dtype of the layer's arithmetic."""
+        return ExpertWeights(*(w[...].astype(dtype) for w in (self.gate, self.up, self.down)))

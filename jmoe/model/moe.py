@@ -26,6 +26,6 @@ class MoE(nnx.Module):
         B, S, D = x.shape
         tokens = shard(x.reshape(B * S, D), "batch", None)
         routing = self.router(tokens, valid.reshape(B * S))
-        weights = (w[...].astype(x.dtype) for w in (self.experts.gate, self.experts.up, self.experts.down))
-        out = apply_experts(tokens, routing.expert_ids, routing.combine_weights, *weights)
+        weights = self.experts.weights(x.dtype)
+        out = apply_experts(tokens, routing.expert_ids, routing.combine_weights, weights)
         return out.reshape(B, S, D), routing.stats
