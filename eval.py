@@ -14,7 +14,7 @@ from pathlib import Path
 import jmoe
 from jmoe import config, recipe, sharding, training
 from jmoe.checkpoint import CheckpointError
-from jmoe.config import InputError
+from jmoe.config import InputError, require
 from jmoe.data.pipeline import validation_batches
 from jmoe.data.prepare import prepare
 from jmoe.evaluation.perplexity import evaluate
@@ -38,6 +38,9 @@ class Options:
     """most tokens to generate [tokens]"""
     sampling: Sampling = Sampling(temperature=0.8, top_p=0.95)
     """how tokens are drawn"""
+
+    def __post_init__(self):
+        require(self.batches is None or self.batches >= 1, f"batches is {self.batches}; it must be at least 1")
 
 
 def main(argv: list[str]) -> int:
@@ -69,7 +72,7 @@ def main(argv: list[str]) -> int:
 
 
 if __name__ == "__main__":
-    logging.basicConfig(format="%(levelname)s: %(message)s", level=logging.WARNING)
+    logging.basicConfig(format="%(levelname)s: %(message)s", level=logging.WARNING, force=True)
     with recipe.exit_on_input_error():
         try:
             code = main(sys.argv[1:])

@@ -16,6 +16,7 @@ from dataclasses import dataclass
 
 from jmoe import recipe, sharding, training
 from jmoe.checkpoint import CheckpointError, Checkpoints
+from jmoe.config import require
 from jmoe.data import tokenizer
 from jmoe.data.pipeline import train_batches, validation_batches
 from jmoe.data.prepare import prepare
@@ -68,11 +69,14 @@ def main(argv: list[str]) -> int:
         )
         restored = checkpoints.restore(training.checkpoint_items(state_shape, fingerprints))
         if restored is not None:
-            check_fingerprints(restored[1]["data"], fingerprints)
-            state = training.from_checkpoint(restored[1])
+            state, trained_on = training.from_checkpoint(restored[1])
+            check_fingerprints(trained_on, fingerprints)
         else:
             state = training.create_state(config, mesh)
         first = int(state.step)
+        require(
+            first <= config.steps, f"the run in {run.path} has taken {first} steps; --steps {config.steps} is too few"
+        )
         run.write_config(recipe.to_dict(config))
         text.save(run.path / "tokenizer.json")
         print(
@@ -118,6 +122,7 @@ def main(argv: list[str]) -> int:
                     seconds = time.perf_counter() - began
                     timing.write({"step": step, "seconds": seconds, "tokens_per_second": progress.tokens_per_second})
             if values["skipped_in_a_row"] >= config.max_skipped:
+                checkpoints.wait()
                 good = checkpoints.steps()
                 raise TrainingError(
                     f"step {step}: the gradients of {values['skipped_in_a_row']} steps in a row were not finite "
@@ -197,7 +202,7 @@ def stop_signals():
 
 
 if __name__ == "__main__":
-    logging.basicConfig(format="%(levelname)s: %(message)s", level=logging.WARNING)
+    logging.basicConfig(format="%(levelname)s: %(message)s", level=logging.WARNING, force=True)
     logging.getLogger("jmoe").setLevel(logging.INFO)
     with recipe.exit_on_input_error():
         try:

@@ -1,5 +1,6 @@
 """Text from a model: a key-value cache, and sampling by temperature, top-k and top-p."""
 
+import dataclasses
 from dataclasses import dataclass
 from functools import partial
 
@@ -53,7 +54,7 @@ def sample(logits: Float[Array, " V"], key: PRNGKeyArray, sampling: Sampling) ->
 
 
 @partial(jax.jit, static_argnames=("model", "max_new_tokens", "sampling", "eos", "dtype"))
-def _generate(params, prompt, length, *, model, max_new_tokens, sampling, eos, dtype):
+def _generate(params, prompt, length, key, *, model, max_new_tokens, sampling, eos, dtype):
     padded = prompt.shape[0]
     caches = empty_caches(model, 1, padded + max_new_tokens, dtype)
     key_positions = positions_in_row(1, padded + max_new_tokens)
@@ -67,8 +68,7 @@ def _generate(params, prompt, length, *, model, max_new_tokens, sampling, eos, d
         return hidden, caches
 
     def next_token(hidden, place_in_text):
-        key = jax.random.fold_in(jax.random.key(sampling.seed), place_in_text)
-        return sample(params.logits(hidden)[0, 0], key, sampling)
+        return sample(params.logits(hidden)[0, 0], jax.random.fold_in(key, place_in_text), sampling)
 
     def unfinished(carry):
         count, _, _, last = carry
@@ -123,11 +123,12 @@ def generate(
         params,
         padded,
         np.int32(len(prompt)),
+        jax.random.key(sampling.seed),
         model=model,
         max_new_tokens=max_new_tokens,
-        sampling=sampling,
+        sampling=dataclasses.replace(sampling, seed=0),  # static: another seed is not compiled anew
         eos=-1 if eos is None else eos,
-        dtype=dtype,
+        dtype=jnp.dtype(dtype),
     )
     new = np.asarray(out)[: int(count)]
     return new[:-1] if eos is not None and new[-1] == eos else new

@@ -94,6 +94,5 @@ def check_vocabulary(tokenizer: Tokenizer, settings: config.Config) -> None:
     """Raises `InputError` if the tokenizer has ids that the model's embedding table does not."""
     require(
         tokenizer.vocab_size <= settings.model.vocab_size,
-        f"the tokenizer has ids up to {tokenizer.vocab_size - 1}; model.vocab_size = {settings.model.vocab_size} must be at "
-        f"least {tokenizer.vocab_size}",
+        f"model.vocab_size = {settings.model.vocab_size} is too small: the tokenizer has {tokenizer.vocab_size} ids",
     )
