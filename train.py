@@ -5,13 +5,10 @@ The same command with the same run directory goes on where it was. Exit codes: 0
 """
 
 import contextlib
-import json
 import logging
 import signal
-import statistics
 import sys
 import threading
-import time
 from dataclasses import dataclass
 
 from jmoe import recipe, sharding, training
@@ -23,8 +20,10 @@ from jmoe.data.prepare import prepare
 from jmoe.evaluation.perplexity import evaluate
 from jmoe.evaluation.routing_report import plot_routing, routing_table
 from jmoe.language_model import LanguageModel, check_vocabulary
-from jmoe.metrics import MetricsLog, Progress, TensorBoard
+from jmoe.metrics import RunLog, last_validation
 from jmoe.run_directory import RunDirectory, check_fingerprints, check_resume
+
+log = logging.getLogger("jmoe")
 
 STOPPED = 75  # EX_TEMPFAIL of sysexits.h: run again
 
@@ -44,7 +43,7 @@ class TrainingError(RuntimeError):
 def main(argv: list[str]) -> int:
     _, config, options = recipe.parse(argv, Options(), default="configs/tiny.py")
     assert config.run_dir is not None  # `parse` fills it in
-    with RunDirectory.open(config.run_dir) as run, contextlib.ExitStack() as closing:
+    with RunDirectory.open(config.run_dir) as run, contextlib.ExitStack() as stack:
         # 1. Devices, model and text must fit together; all of it is known before anything is compiled.
         mesh = sharding.make_mesh(config.mesh)
         sharding.check_batch(config.batch_size, config.accumulation, mesh)
@@ -58,126 +57,89 @@ def main(argv: list[str]) -> int:
         check_vocabulary(text, config)
         train_data, validation_data = prepare(config.data, text, "train"), prepare(config.data, text, "validation")
         fingerprints = {"tokenizer": text.fingerprint} | {
-            f"source {i}": p.fingerprint for i, p in enumerate(train_data)
+            f"{split} source {i}": source.fingerprint
+            for split, sources in (("train", train_data), ("validation", validation_data))
+            for i, source in enumerate(sources)
         }
 
         # 2. Resume, or begin.
-        checkpoints = closing.enter_context(
-            contextlib.closing(
-                Checkpoints(run.checkpoints, keep=config.checkpoint.keep, keep_every=config.checkpoint.keep_every)
-            )
-        )
+        checkpoints = Checkpoints(run.checkpoints, keep=config.checkpoint.keep, keep_every=config.checkpoint.keep_every)
+        stack.enter_context(contextlib.closing(checkpoints))
         restored = checkpoints.restore(training.checkpoint_items(state_shape, fingerprints))
         if restored is not None:
             state, trained_on = training.from_checkpoint(restored[1])
             check_fingerprints(trained_on, fingerprints)
         else:
+            if earlier is not None:
+                log.warning("%s holds no checkpoint, so the run begins anew", run.path)
             state = training.create_state(config, mesh)
         first = int(state.step)
         require(
             first <= config.steps, f"the run in {run.path} has taken {first} steps; --steps {config.steps} is too few"
         )
         run.write_config(recipe.to_dict(config))
-        text.save(run.path / "tokenizer.json")
-        print(
-            f"run directory {run.path}: {'resuming after' if first else 'beginning at'} step {first} of {config.steps}"
-        )
+        text.save(run.tokenizer)
+        print(f"run directory {run.path}, {first} of {config.steps} steps taken")
         print(training.describe_model(config.model))
 
-        # 3. Train.
-        train_step = training.make_train_step(config, mesh)
-        eval_step = training.make_eval_step(config, mesh)
-        log = closing.enter_context(contextlib.closing(MetricsLog(run.metrics, first)))
-        timing = closing.enter_context(contextlib.closing(MetricsLog(run.timing, first)))
-        board = closing.enter_context(contextlib.closing(TensorBoard(run.path / "tensorboard", first)))
-        progress = closing.enter_context(
-            contextlib.closing(Progress(config.steps, first, config.batch_size * config.data.seq_len))
-        )
-        stop_requested = closing.enter_context(stop_signals())
-        batches = closing.enter_context(
-            contextlib.closing(
-                train_batches(
-                    train_data,
-                    batch_size=config.batch_size,
-                    seq_len=config.data.seq_len,
-                    seed=config.seed,
-                    start_step=first,
-                    workers=config.data.workers,
-                )
-            )
-        )
-        began, speeds = time.perf_counter(), []
+        # 3. Train. The device is given a step before the one before it is reported, so that it never waits.
+        train_step, eval_step = training.make_train_step(config, mesh), training.make_eval_step(config, mesh)
+        rows = {"batch_size": config.batch_size, "seq_len": config.data.seq_len}
+        batches = train_batches(train_data, **rows, seed=config.seed, start_step=first, workers=config.data.workers)
+        stack.enter_context(contextlib.closing(batches))
+        run_log = stack.enter_context(contextlib.closing(RunLog(run, config, first)))
+        stop_requested = stack.enter_context(stop_signals())
 
         def report(step, metrics):
-            """Logs a step. Waits for it, so the step after it is started first."""
             values = training.describe(config.model, metrics)
-            logged = step % config.log_every == 0 or step == config.steps or values["skipped"]
-            progress.update(step, values if logged else None)
-            if logged:
-                record = {"step": step, "split": "train", **values}
-                log.write(record)
-                board.write(record)
-                if progress.tokens_per_second:
-                    speeds.append(progress.tokens_per_second)
-                    seconds = time.perf_counter() - began
-                    timing.write({"step": step, "seconds": seconds, "tokens_per_second": progress.tokens_per_second})
+            run_log.train(step, values)
             if values["skipped_in_a_row"] >= config.max_skipped:
                 checkpoints.wait()
-                good = checkpoints.steps()
+                saved = checkpoints.steps()
+                good = f"that of step {saved[-1]} in {run.checkpoints}" if saved else "none: no step was saved yet"
                 raise TrainingError(
                     f"step {step}: the gradients of {values['skipped_in_a_row']} steps in a row were not finite "
-                    f"(max_skipped = {config.max_skipped}); the last good checkpoint is "
-                    + (f"that of step {good[-1]} in {run.checkpoints}" if good else "none: no step was saved yet")
+                    f"(max_skipped = {config.max_skipped}); the last good checkpoint is {good}"
                 )
-
-        def validate(step):
-            limit = config.evaluation.final_batches if step == config.steps else config.evaluation.batches
-            held_out = validation_batches(
-                validation_data, batch_size=config.batch_size, seq_len=config.data.seq_len, limit=limit
-            )
-            values = evaluate(eval_step, state.params, held_out, validation_data, config.model, mesh)
-            record = {"step": step, "split": "validation", **values}
-            log.write(record)
-            board.write(record)
-            progress.write(
-                f"step {step}  validation {values['loss']:.4f} nats/token, {values['bits_per_byte']:.4f} bits/byte"
-            )
-            plot_routing(run.metrics, run.routing)
 
         unreported = None
         for step in range(first + 1, config.steps + 1):
             state, metrics = train_step(state, training.put_batch(next(batches), mesh))
             if unreported:
                 report(*unreported)
-            unreported = (step, metrics)
-            stopping = stop_requested.is_set()
-            validating = step % config.evaluation.every == 0 or step == config.steps
-            saving = step % config.checkpoint.every == 0 or step == config.steps or stopping
-            if validating or saving:  # the lines of a step are written before it is saved
+            unreported = step, metrics
+            last, stopping = step == config.steps, stop_requested.is_set()
+            validating = last or step % config.evaluation.every == 0
+            saving = last or step % config.checkpoint.every == 0 or stopping
+            if validating or saving:  # what a step logs is written before it is saved
                 report(*unreported)
                 unreported = None
             if validating:
-                validate(step)
+                limit = config.evaluation.final_batches if last else config.evaluation.batches
+                held_out = validation_batches(validation_data, **rows, limit=limit)
+                run_log.validation(
+                    step, evaluate(eval_step, state.params, held_out, validation_data, config.model, mesh)
+                )
+                plot_routing(run.metrics, run.routing)
             if saving:
                 items = training.checkpoint_items(state, fingerprints)
                 checkpoints.save(step, items, metadata=recipe.to_dict(config))
-            if stopping and step < config.steps:
+            if stopping and not last:
                 checkpoints.wait()
-                progress.close()
+                run_log.close()
                 print(f"stopped by a signal; step {step} is saved, the same command goes on")
                 return STOPPED
         checkpoints.wait()
-        progress.close()
+        run_log.close()
 
         # 4. Report.
-        *_, last = (json.loads(line) for line in run.metrics.open() if '"validation"' in line)
-        print(f"\nrun directory     {run.path}")
-        print(f"validation loss   {last['loss']:.4f} nats/token (unigram entropy {last['unigram_entropy']:.4f})")
-        print(f"                  {last['bits_per_byte']:.4f} bits/byte over {last['tokens']:,} tokens")
-        if speeds:
-            print(f"speed             {statistics.median(speeds):,.0f} tokens/s")
-        if "load_by_layer" in last:
-            print(routing_table(last))
+        final = last_validation(run.metrics)
+        print(f"\nrun directory    {run.path}")
+        print(f"validation loss  {final['loss']:.4f} nats/token (unigram entropy {final['unigram_entropy']:.4f})")
+        print(f"                 {final['bits_per_byte']:.4f} bits/byte, over {final['tokens']:,} tokens")
+        if run_log.tokens_per_second:
+            print(f"speed            {run_log.tokens_per_second:,.0f} tokens/s")
+        print(routing_table(final))
         print("\na sample:\n")
         print(LanguageModel(config, state.params, text, config.steps).generate("", max_new_tokens=200))
     return 0
@@ -186,7 +148,6 @@ def main(argv: list[str]) -> int:
 @contextlib.contextmanager
 def stop_signals():
     """An event that SIGTERM and the first Ctrl-C set, so that the loop saves and ends; a second Ctrl-C interrupts."""
-
     requested = threading.Event()
 
     def request(number, _):
@@ -203,7 +164,7 @@ def stop_signals():
 
 if __name__ == "__main__":
     logging.basicConfig(format="%(levelname)s: %(message)s", level=logging.WARNING, force=True)
-    logging.getLogger("jmoe").setLevel(logging.INFO)
+    log.setLevel(logging.INFO)
     with recipe.exit_on_input_error():
         try:
             code = main(sys.argv[1:])

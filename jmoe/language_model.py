@@ -37,20 +37,20 @@ class LanguageModel:
         Raises InputError if the directory is not that of a run or has no checkpoint yet, CheckpointError if no
         checkpoint can be used.
         """
-        run_dir = Path(run_dir)
-        saved = RunDirectory(run_dir).read_config()
+        run = RunDirectory(Path(run_dir))
+        saved = run.read_config()
         if saved is None:
             raise InputError(f"{run_dir} is no run directory: it has no config.json")
         settings = recipe.from_dict(saved)
         # One device reads whatever mesh the run was trained on.
         mesh = make_mesh(config.Mesh(), jax.local_devices()[:1])
         abstract = {"params": abstract_state(settings, mesh).params}
-        restored = Checkpoints(run_dir / "checkpoints", keep=1).restore(abstract, step, read_only=True)
+        restored = Checkpoints(run.checkpoints, keep=1).restore(abstract, step, read_only=True)
         if restored is None:
             raise InputError(f"{run_dir} has no checkpoint yet")
         step, items = restored
         eos = settings.data.tokenizer.eos if isinstance(settings.data.tokenizer, config.TokenizerFile) else None
-        return cls(settings, items["params"], Tokenizer.from_file(run_dir / "tokenizer.json", eos), step)
+        return cls(settings, items["params"], Tokenizer.from_file(run.tokenizer, eos), step)
 
     def logits(self, tokens: Int[np.ndarray, "B S"] | Int[Array, "B S"]) -> Float[Array, "B S V"]:
         """Next-token logits, float32 [B, S, V], of token ids int32 [B, S]; each row is one text.

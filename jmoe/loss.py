@@ -56,7 +56,7 @@ def cross_entropy(
     Returns:
       Σ −log softmax(hidden · head)[target] over masked tokens, and Σ (log Σ_v exp logits)² over the same.
     """
-    (B, S, _), V = hidden.shape, head.shape[1]
+    B, S, _ = hidden.shape
     length = max(1, min(S, chunk_tokens // B))
     chunks = -(-S // length)
     head = head.astype(hidden.dtype)
@@ -69,8 +69,7 @@ def cross_entropy(
     def chunk_sums(hidden, targets, mask):
         logits = jnp.einsum("BSD,DV->BSV", hidden, head, preferred_element_type=jnp.float32)
         log_partition = jax.nn.logsumexp(logits, axis=-1)
-        # A masked sum rather than a gather, whose gradient would be scattered into zeros as large as the logits.
-        target_logits = jnp.sum(logits, axis=-1, where=targets[..., None] == jnp.arange(V)[None, None])
+        target_logits = jnp.take_along_axis(logits, targets[..., None], axis=-1)[..., 0]
         return (
             jnp.sum(log_partition - target_logits, where=mask),
             jnp.sum(log_partition**2, where=mask),

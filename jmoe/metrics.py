@@ -1,4 +1,4 @@
-"""What a run tells while it goes: JSON lines, TensorBoard events, and the progress bar."""
+"""What a run tells while it goes: JSON lines, TensorBoard events, the progress bar, and `RunLog` over all of them."""
 
 import json
 import math
@@ -12,7 +12,8 @@ import numpy as np
 from tensorboardX import SummaryWriter
 from tqdm import tqdm
 
-from jmoe.config import InputError
+from jmoe.config import Config, InputError
+from jmoe.run_directory import RunDirectory
 
 
 class MetricsLog:
@@ -190,3 +191,61 @@ class Progress:
             parts.append(f"{metrics['experts_per_token']:5.2f} experts/token")
         speed = f"{self.tokens_per_second:,.0f}" if self.tokens_per_second else "-"
         return "  ".join([*parts, f"{speed:>9} tokens/s"])
+
+
+class RunLog:
+    """The log of one training process: records go to metrics.jsonl, TensorBoard and the terminal, and what the clock
+    says to timing.jsonl.
+
+    Args:
+      run: the directory of the run.
+      config: of the run.
+      step: steps taken before this process began.
+    """
+
+    def __init__(self, run: RunDirectory, config: Config, step: int):
+        self._config = config
+        self._metrics, self._timing = MetricsLog(run.metrics, step), MetricsLog(run.timing, step)
+        self._board = TensorBoard(run.tensorboard, step)
+        self._progress = Progress(config.steps, step, config.batch_size * config.data.seq_len)
+        self._began = time.perf_counter()
+        self._speeds: list[float] = []
+
+    def train(self, step: int, values: dict[str, Any]) -> None:
+        """Tells of a training step; logs every `log_every`-th, the last, and those that were skipped."""
+        if step % self._config.log_every and step != self._config.steps and not values["skipped"]:
+            self._progress.update(step)
+            return
+        self._progress.update(step, values)
+        self._write({"step": step, "split": "train", **values})
+        if speed := self._progress.tokens_per_second:
+            self._speeds.append(speed)
+            seconds = time.perf_counter() - self._began
+            self._timing.write({"step": step, "seconds": seconds, "tokens_per_second": speed})
+
+    def validation(self, step: int, values: dict[str, Any]) -> None:
+        """Logs a validation."""
+        self._write({"step": step, "split": "validation", **values})
+        loss, bits = values["loss"], values["bits_per_byte"]
+        self._progress.write(f"step {step}  validation {loss:.4f} nats/token, {bits:.4f} bits/byte")
+
+    @property
+    def tokens_per_second(self) -> float | None:
+        """Median over the logged steps of this process; None if it took too few to tell."""
+        return float(np.median(self._speeds)) if self._speeds else None
+
+    def close(self) -> None:
+        """Ends the bar and closes the files."""
+        for part in (self._progress, self._board, self._timing, self._metrics):
+            part.close()
+
+    def _write(self, record: dict[str, Any]) -> None:
+        self._metrics.write(record)
+        self._board.write(record)
+
+
+def last_validation(path: Path) -> dict[str, Any]:
+    """The record of the last validation in a metrics.jsonl that holds one."""
+    with path.open() as lines:
+        *_, last = (record for record in map(json.loads, lines) if record["split"] == "validation")
+    return last

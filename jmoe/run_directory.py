@@ -3,6 +3,8 @@
 runs/NAME/
     config.json     the resolved configuration
     metrics.jsonl   one object a line; timing.jsonl beside it holds the wall-clock figures
+    tensorboard/    the same as events
+    tokenizer.json  turns the run's tokens into text
     checkpoints/    see jmoe.checkpoint
     routing.png     see jmoe.evaluation.routing_report
     lock            held by the process that trains
@@ -33,6 +35,8 @@ class RunDirectory:
         self.config = path / "config.json"
         self.metrics = path / "metrics.jsonl"
         self.timing = path / "timing.jsonl"
+        self.tensorboard = path / "tensorboard"
+        self.tokenizer = path / "tokenizer.json"
         self.routing = path / "routing.png"
         self.checkpoints = path / "checkpoints"
         self._lock = lock

@@ -8,8 +8,8 @@ import pytest
 ROOT = Path(__file__).parents[1]
 LEVELS = [
     "ops config batch json_form recipe",
-    "sharding metrics run_directory data",
-    "model",
+    "sharding run_directory data",
+    "model metrics",
     "loss optim",
     "training",
     "checkpoint evaluation convert generate aot",
@@ -17,7 +17,7 @@ LEVELS = [
     "train eval",
 ]
 # These import from the first level only, and not one another.
-LEAVES = ["metrics", "run_directory", "data"]
+LEAVES = ["run_directory", "data"]
 LEVEL = {name: level for level, names in enumerate(LEVELS) for name in names.split()}
 FILES = sorted(
     path

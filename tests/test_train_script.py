@@ -44,7 +44,8 @@ def saved_state(run_dir: Path, step: int = STEPS) -> dict[str, tuple]:
     """Every leaf of a checkpoint by name, as dtype, shape and bytes."""
     settings = recipe.from_dict(json.loads((run_dir / "config.json").read_text()))
     mesh = sharding.make_mesh(settings.mesh, jax.devices()[:1])
-    items = training.checkpoint_items(training.abstract_state(settings, mesh), {"tokenizer": "", "source 0": ""})
+    fingerprints = {"tokenizer": "", "train source 0": "", "validation source 0": ""}
+    items = training.checkpoint_items(training.abstract_state(settings, mesh), fingerprints)
     restored = Checkpoints(run_dir / "checkpoints", keep=1).restore(items, step, read_only=True)
     assert restored is not None
 
@@ -130,15 +131,15 @@ def test_metrics_are_json_lines_without_wall_clock(trained):
 def test_the_final_report(trained):
     run_dir, out, _ = trained
     last = metrics(run_dir)[-1]
-    progress, report = out.split(f"\nrun directory     {run_dir}\n")
+    progress, report = out.split(f"\nrun directory    {run_dir}\n")
     assert "\r" not in progress and "\x1b" not in progress  # no terminal: no bar, no colours
-    assert progress.startswith(f"run directory {run_dir}: beginning at step 0 of {STEPS}\nmodel: 2 layers, ")
+    assert progress.startswith(f"run directory {run_dir}, 0 of {STEPS} steps taken\nmodel: 2 layers, ")
     assert re.search(
         r"^step  7/24  loss \d\.\d{4}  lr 1\.00e-02   \d\.\d\d experts/token +[\d,]+ tokens/s +\d\d:\d\d left$",
         progress,
         re.M,
     )
-    assert f"validation loss   {last['loss']:.4f} nats/token (unigram entropy {last['unigram_entropy']:.4f})" in report
+    assert f"validation loss  {last['loss']:.4f} nats/token (unigram entropy {last['unigram_entropy']:.4f})" in report
     assert f"{last['bits_per_byte']:.4f} bits/byte over {last['tokens']:,} tokens" in report
     assert re.search(r"^speed             [\d,]+ tokens/s$", report, re.M)
     assert re.search(rf"^    1 +{last['experts_per_token']:.2f} ", report, re.M)
@@ -150,7 +151,7 @@ def test_a_finished_run_is_reported_again_and_left_alone(copy, scripts):
     before = content(copy)
     code, out, err = scripts.train(copy)
     assert (code, err) == (0, "")
-    assert f"resuming after step {STEPS} of {STEPS}" in out and "validation loss   " in out and "a sample:" in out
+    assert f"{STEPS} of {STEPS} steps taken" in out and "validation loss  " in out and "a sample:" in out
     after = content(copy)
     kept = {name for name in before if not name.startswith("tensorboard/") and name not in ("lock", "config.json")}
     assert {name for name in after if not name.startswith("tensorboard/")} == kept | {"lock", "config.json"}
@@ -222,7 +223,7 @@ def test_signals_save_and_stop_with_a_code_of_their_own(scripts, trained, tmp_pa
     assert 3 <= stops[0] < stops[1] < STEPS
     code, out, err = scripts.train(run_dir)
     assert code == 0, err
-    assert f"resuming after step {stops[1]} of {STEPS}" in out
+    assert f"{stops[1]} of {STEPS} steps taken" in out
     assert_same_run(run_dir, trained[0])
 
 
@@ -270,7 +271,7 @@ def test_a_damaged_newest_checkpoint_is_told_and_the_one_before_used(copy, scrip
     code, out, err = scripts.train(copy)
     assert code == 0, err
     assert f"WARNING: the checkpoint of step 24 in {copy}/checkpoints is damaged: {reason}\n" in err
-    assert "resuming after step 20 of 24" in out
+    assert "20 of 24 steps taken" in out
     assert_same_run(copy, trained[0])
 
 
@@ -437,7 +438,7 @@ def test_other_text_under_the_same_name_is_refused(main, trained, scripts):
     extra = scripts.text / "99.txt"
     extra.write_text("a text that was not there before")
     try:
-        with pytest.raises(InputError, match=r"not what the run was trained on:\n  source 0: run has"):
+        with pytest.raises(InputError, match=r"not what the run was trained on:\n  train source 0: run has"):
             main("--run-dir", trained[0])
     finally:
         extra.unlink()

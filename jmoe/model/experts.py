@@ -27,9 +27,10 @@ def swiglu_experts(
     rows: Float[Array, "R D"], group_sizes: Int[Array, " E"], weights: ExpertWeights
 ) -> Float[Array, "R D"]:
     """(silu(x · gate_e) ∘ (x · up_e)) · down_e for the rows x of each expert e; zero for rows past the last group."""
-    gate_and_up = jnp.concatenate([weights.gate, weights.up], axis=-1)  # one product for two
-    gate, up = jnp.split(grouped_matmul(rows, gate_and_up, group_sizes), 2, axis=-1)
-    return grouped_matmul(jax.nn.silu(gate) * up, weights.down, group_sizes)
+    hidden = jax.nn.silu(grouped_matmul(rows, weights.gate, group_sizes)) * grouped_matmul(
+        rows, weights.up, group_sizes
+    )
+    return grouped_matmul(hidden, weights.down, group_sizes)
 
 
 class Experts(nnx.Module):
