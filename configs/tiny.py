@@ -19,7 +19,7 @@ def config() -> Config:
             layers=(LayerGroup((MoE(num_experts=16, d_ff=128, router=Nucleus(p=0.4)),), repeats=4),),
         ),
         data=Data(tokenizer=BPE(vocab_size=4096), seq_len=256),
-        optim=AdamW(learning_rate=3e-3, schedule=Cosine(warmup_steps=30)),
-        steps=500,
-        batch_size=16,
+        optim=AdamW(learning_rate=2e-3, schedule=Cosine(warmup_steps=30)),
+        steps=1000,
+        batch_size=8,
     )

@@ -200,7 +200,7 @@ def test_a_step_that_is_not_finite_leaves_the_state_as_it_was():
 
 
 # Ten losses of configs/tiny.py in float32 on one device, on the rows of `random_batch`.
-GOLDEN = [8.256208, 8.162308, 8.0045, 7.835736, 7.734961, 7.60219, 7.501455, 7.384143, 7.316271, 7.177575]
+GOLDEN = [8.249677, 8.189602, 8.082294, 7.94606, 7.824652, 7.715386, 7.655521, 7.512765, 7.482917, 7.38647]
 
 
 def test_golden_losses_of_the_tiny_recipe():
@@ -212,4 +212,4 @@ def test_golden_losses_of_the_tiny_recipe():
         batch = random_batch(seed, settings.batch_size, settings.data.seq_len, settings.model.vocab_size)
         state, metrics = step(state, training.put_batch(batch, mesh))
         losses.append(float(metrics.scalars["loss"]))
-    np.testing.assert_allclose(losses, GOLDEN, rtol=1e-4)
+    np.testing.assert_allclose(losses, GOLDEN, rtol=2e-5)
