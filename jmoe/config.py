@@ -349,7 +349,7 @@ class Loss:
     load_balance_loss: float = 1e-2
     """E * sum(share of assignments * mean probability), mean over MoE layers [coefficient]"""
     dynamic_loss: float = 1e-4
-    """entropy of the router's probabilities, mean over tokens and MoE layers (arXiv 2403.07652, §3.2) [coefficient]"""
+    """entropy of the router's probabilities, mean over tokens and MoE layers (arXiv 2403.07652) [coefficient]"""
     chunk_tokens: int = 4096
     """logits are held for this many tokens at a time [tokens]"""
 

@@ -14,7 +14,7 @@ from jmoe.model.router import RouterStats
 def load_balance_loss(
     stats: RouterStats, tokens_per_expert: Float[Array, "*L E"], num_tokens: Float[Array, ""]
 ) -> Float[Array, ""]:
-    """E · Σ_i f_i Q_i, summed over layers: f_i share of assignments, Q_i mean probability (arXiv 2403.07652, eq. 5).
+    """E · Σ_i f_i Q_i, summed over layers: f_i share of assignments, Q_i mean probability (arXiv 2403.07652).
 
     Args:
       stats: sums over the tokens at hand, [*L, E] with any leading layer axes.
@@ -27,5 +27,5 @@ def load_balance_loss(
 
 
 def dynamic_loss(stats: RouterStats, num_tokens: Float[Array, ""]) -> Float[Array, ""]:
-    """Mean entropy of the tokens' router probabilities, summed over layers (arXiv 2403.07652, eq. 6), in nats."""
+    """Mean entropy of the tokens' router probabilities, summed over layers (arXiv 2403.07652), in nats."""
     return jnp.sum(stats.entropy) / num_tokens

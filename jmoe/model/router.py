@@ -46,7 +46,7 @@ def top_k(probabilities: Float[Array, "T E"], slots: int) -> tuple[Array, Array,
 
 
 def nucleus(probabilities: Float[Array, "T E"], p: float, slots: int) -> tuple[Array, Array, Array]:
-    """The smallest set of experts whose probabilities sum to more than p (arXiv 2403.07652, eq. 3-4).
+    """The smallest set of experts whose probabilities sum to more than p (arXiv 2403.07652).
 
     The expert that crosses p is included, and the weights are the raw probabilities. Where rounding, or p = 1, keeps
     the sum from ever exceeding p, all `slots` experts are chosen: p = 1 means every expert. (The paper's code falls
