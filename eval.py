@@ -20,6 +20,10 @@ from jmoe.data.prepare import prepare
 from jmoe.evaluation.perplexity import evaluate
 from jmoe.evaluation.routing_report import routing_table
 from jmoe.generate import Sampling
+from jmoe.metrics import plain
+from jmoe.run_directory import check_fingerprints, source_fingerprints
+
+log = logging.getLogger("jmoe")
 
 
 @dataclass(frozen=True)
@@ -32,6 +36,8 @@ class Options:
     """other text to evaluate on: a pattern of .txt and .jsonl files, each also .gz or .zst [path]"""
     batches: int | None = None
     """most batches to evaluate; the whole text if None [batches]"""
+    batch_size: int | None = None
+    """sequences a batch; the run's micro-batch if None [sequences]"""
     prompt: str | None = None
     """generate text that continues this one, instead of evaluating [text]"""
     max_new_tokens: int = 200
@@ -40,7 +46,9 @@ class Options:
     """how tokens are drawn"""
 
     def __post_init__(self):
-        require(self.batches is None or self.batches >= 1, f"batches is {self.batches}; it must be at least 1")
+        for name in ("batches", "batch_size"):
+            value = getattr(self, name)
+            require(value is None or value >= 1, f"{name} is {value}; it must be at least 1")
 
 
 def main(argv: list[str]) -> int:
@@ -55,8 +63,19 @@ def main(argv: list[str]) -> int:
     if options.data is not None:
         data = dataclasses.replace(data, validation=(config.Files(glob=options.data),))
     prepared = prepare(data, run.tokenizer, "validation")
+    if options.data is None:
+        found = source_fingerprints("validation", (source.fingerprint for source in prepared))
+        try:
+            check_fingerprints(run.fingerprints, run.fingerprints | found)
+        except InputError as error:
+            log.warning("%s", error)
     mesh = sharding.make_mesh(config.Mesh())
-    batches = validation_batches(prepared, batch_size=settings.batch_size, seq_len=data.seq_len, limit=options.batches)
+    batches = validation_batches(
+        prepared,
+        batch_size=options.batch_size or settings.batch_size // settings.accumulation,
+        seq_len=data.seq_len,
+        limit=options.batches,
+    )
     values = evaluate(training.make_eval_step(settings, mesh), run.params, batches, prepared, settings.model, mesh)
     print(f"{run_dir}, step {run.step}, {values['tokens']:,} tokens of {options.data or 'the held-out text'}")
     print(f"loss           {values['loss']:.4f} nats/token (unigram entropy {values['unigram_entropy']:.4f})")
@@ -65,7 +84,7 @@ def main(argv: list[str]) -> int:
     print(routing_table(values))
     path = Path(run_dir) / "eval.json"
     try:
-        path.write_text(json.dumps({"step": run.step, "data": options.data, **values}, indent=2) + "\n")
+        path.write_text(json.dumps(plain({"step": run.step, "data": options.data, **values}), indent=2) + "\n")
     except OSError as error:
         raise InputError(f"{path} cannot be written: {error.strerror}") from error
     return 0

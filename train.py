@@ -20,8 +20,8 @@ from jmoe.data.prepare import prepare
 from jmoe.evaluation.perplexity import evaluate
 from jmoe.evaluation.routing_report import plot_routing, routing_table
 from jmoe.language_model import LanguageModel, check_vocabulary
-from jmoe.metrics import RunLog, last_validation
-from jmoe.run_directory import RunDirectory, check_fingerprints, check_resume
+from jmoe.metrics import RunLog, last_step, last_validation
+from jmoe.run_directory import RunDirectory, check_fingerprints, check_resume, source_fingerprints
 
 log = logging.getLogger("jmoe")
 
@@ -51,15 +51,16 @@ def main(argv: list[str]) -> int:
         sharding.check_divisible(state_shape.params, mesh)
         earlier = run.read_config()
         if earlier is not None:
-            earlier = recipe.to_dict(recipe.from_dict(earlier))
-            check_resume(earlier, recipe.to_dict(config), allow_learning_rate=options.allow_learning_rate_change)
+            earlier = recipe.from_dict(earlier)
+            was, now = recipe.to_dict(earlier), recipe.to_dict(config)
+            check_resume(was, now, allow_learning_rate=options.allow_learning_rate_change)
         text = tokenizer.load(config.data)
         check_vocabulary(text, config)
         train_data, validation_data = prepare(config.data, text, "train"), prepare(config.data, text, "validation")
-        fingerprints = {"tokenizer": text.fingerprint} | {
-            f"{split} source {i}": source.fingerprint
-            for split, sources in (("train", train_data), ("validation", validation_data))
-            for i, source in enumerate(sources)
+        fingerprints = {
+            "tokenizer": text.fingerprint,
+            **source_fingerprints("train", (source.fingerprint for source in train_data)),
+            **source_fingerprints("validation", (source.fingerprint for source in validation_data)),
         }
 
         # 2. Resume, or begin.
@@ -70,7 +71,13 @@ def main(argv: list[str]) -> int:
             state, trained_on = training.from_checkpoint(restored[1])
             check_fingerprints(trained_on, fingerprints)
         else:
-            if earlier is not None:
+            if earlier is not None:  # a first save that was cut off: any later save begins when the first is complete
+                reached = last_step(run.metrics)
+                if reached > 2 * earlier.checkpoint.every:
+                    raise CheckpointError(
+                        f"{run.metrics} goes up to step {reached}, but {run.checkpoints} holds no checkpoint; "
+                        f"bring it back, or give another --run-dir to begin anew"
+                    )
                 log.warning("%s holds no checkpoint, so the run begins anew", run.path)
             state = training.create_state(config, mesh)
         first = int(state.step)
@@ -84,10 +91,17 @@ def main(argv: list[str]) -> int:
 
         # 3. Train. The device is given a step before the one before it is reported, so that it never waits.
         train_step, eval_step = training.make_train_step(config, mesh), training.make_eval_step(config, mesh)
-        rows = {"batch_size": config.batch_size, "seq_len": config.data.seq_len}
-        batches = train_batches(train_data, **rows, seed=config.seed, start_step=first, workers=config.data.workers)
+        batches = train_batches(
+            train_data,
+            batch_size=config.batch_size,
+            seq_len=config.data.seq_len,
+            seed=config.seed,
+            start_step=first,
+            workers=config.data.workers,
+        )
         stack.enter_context(contextlib.closing(batches))
         run_log = stack.enter_context(contextlib.closing(RunLog(run, config, first)))
+        metadata = {"config": recipe.to_dict(config), "fingerprints": fingerprints}
         stop_requested = stack.enter_context(stop_signals())
 
         def report(step, metrics):
@@ -116,14 +130,18 @@ def main(argv: list[str]) -> int:
                 unreported = None
             if validating:
                 limit = config.evaluation.final_batches if last else config.evaluation.batches
-                held_out = validation_batches(validation_data, **rows, limit=limit)
-                run_log.validation(
-                    step, evaluate(eval_step, state.params, held_out, validation_data, config.model, mesh)
+                held_out = validation_batches(
+                    validation_data,
+                    batch_size=config.batch_size // config.accumulation,  # what fits in memory
+                    seq_len=config.data.seq_len,
+                    limit=limit and limit * config.accumulation,
                 )
+                values = evaluate(eval_step, state.params, held_out, validation_data, config.model, mesh)
+                run_log.validation(step, values)
                 plot_routing(run.metrics, run.routing)
             if saving:
                 items = training.checkpoint_items(state, fingerprints)
-                checkpoints.save(step, items, metadata=recipe.to_dict(config))
+                checkpoints.save(step, items, metadata=metadata)
             if stopping and not last:
                 checkpoints.wait()
                 run_log.close()
@@ -139,6 +157,8 @@ def main(argv: list[str]) -> int:
         print(f"                 {final['bits_per_byte']:.4f} bits/byte, over {final['tokens']:,} tokens")
         if run_log.tokens_per_second:
             print(f"speed            {run_log.tokens_per_second:,.0f} tokens/s")
+        if skipped := int(state.skipped_total):
+            print(f"skipped steps    {skipped}, for gradients that were not finite")
         print(routing_table(final))
         print("\na sample:\n")
         print(LanguageModel(config, state.params, text, config.steps).generate("", max_new_tokens=200))

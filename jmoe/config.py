@@ -253,8 +253,9 @@ class Data:
 
     def __post_init__(self):
         require(len(self.sources) >= 1, "data.sources is empty; name at least one source")
-        for source in self.sources:
-            require(source.weight > 0, f"data.sources: weight of {source} is {source.weight}; it must be positive")
+        for name in ("sources", "validation"):
+            for source in getattr(self, name):
+                require(source.weight > 0, f"data.{name}: weight of {source} is {source.weight}; it must be positive")
         require(
             0.0 <= self.validation_fraction < 1.0 and (self.validation_fraction > 0 or bool(self.validation)),
             f"data.validation_fraction is {self.validation_fraction}; it must lie in (0, 1), or give data.validation",
@@ -275,10 +276,13 @@ class Cosine:
     final: float = 0.1
     """last learning rate over peak learning rate [ratio]"""
 
+    def __post_init__(self):
+        require(0.0 <= self.final <= 1.0, f"optim.schedule.final is {self.final}; it must lie in [0, 1]")
+
 
 @dataclass(frozen=True)
 class WSD:
-    """Warm-up, stable, decay (MiniCPM, arXiv 2404.06395): constant until the last `decay_fraction` of the steps."""
+    """Warm-up, stable, decay (arXiv 2404.06395, 2405.18392): constant until the last `decay_fraction` of the steps."""
 
     warmup_steps: int = 20
     """steps of linear warm-up [steps]"""
@@ -294,6 +298,7 @@ class WSD:
             0.0 <= self.decay_fraction <= 1.0,
             f"optim.schedule.decay_fraction is {self.decay_fraction}; it must lie in [0, 1]",
         )
+        require(0.0 <= self.final <= 1.0, f"optim.schedule.final is {self.final}; it must lie in [0, 1]")
 
 
 @dataclass(frozen=True)
@@ -362,16 +367,19 @@ class Loss:
 
 @dataclass(frozen=True)
 class Mesh:
-    """Sizes of the device mesh; -1 takes the devices that are left."""
+    """Sizes of the device mesh; -1 takes the devices that are left.
+
+    Experts are stored split, and gathered whole on every device for the time of their layer.
+    """
 
     data: int = 1
     """devices along which only the batch is split [devices]"""
     fsdp: int = 1
     """devices along which the batch and the parameters are split [devices]"""
     expert: int = 1
-    """devices along which the batch and the experts are split [devices]"""
+    """devices along which the batch and the stored experts are split [devices]"""
     tensor: int = 1
-    """devices along which heads and hidden features are split [devices]"""
+    """devices along which heads, hidden features and the vocabulary are split [devices]"""
 
     def __post_init__(self):
         sizes = dataclasses.asdict(self)

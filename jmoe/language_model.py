@@ -24,11 +24,20 @@ from jmoe.training import abstract_state
 class LanguageModel:
     """Parameters, architecture and tokenizer of a run."""
 
-    def __init__(self, settings: config.Config, params: Transformer, tokenizer: Tokenizer, step: int):
+    def __init__(
+        self,
+        settings: config.Config,
+        params: Transformer,
+        tokenizer: Tokenizer,
+        step: int,
+        fingerprints: dict[str, str] | None = None,
+    ):
         self.settings = settings
         self.params = params
         self.tokenizer = tokenizer
         self.step = step
+        self.fingerprints = fingerprints or {}
+        """of the tokenizer and of each source the run was trained and validated on"""
 
     @classmethod
     def load(cls, run_dir: str | os.PathLike[str], *, step: int | None = None) -> "LanguageModel":
@@ -45,12 +54,14 @@ class LanguageModel:
         # One device reads whatever mesh the run was trained on.
         mesh = make_mesh(config.Mesh(), jax.local_devices()[:1])
         abstract = {"params": abstract_state(settings, mesh).params}
-        restored = Checkpoints(run.checkpoints, keep=1).restore(abstract, step, read_only=True)
+        checkpoints = Checkpoints(run.checkpoints, keep=1)
+        restored = checkpoints.restore(abstract, step, read_only=True)
         if restored is None:
             raise InputError(f"{run_dir} has no checkpoint yet")
         step, items = restored
         eos = settings.data.tokenizer.eos if isinstance(settings.data.tokenizer, config.TokenizerFile) else None
-        return cls(settings, items["params"], Tokenizer.from_file(run.tokenizer, eos), step)
+        tokenizer = Tokenizer.from_file(run.tokenizer, eos)
+        return cls(settings, items["params"], tokenizer, step, checkpoints.metadata(step).get("fingerprints"))
 
     def logits(self, tokens: Int[np.ndarray, "B S"] | Int[Array, "B S"]) -> Float[Array, "B S V"]:
         """Next-token logits, float32 [B, S, V], of token ids int32 [B, S]; each row is one text.

@@ -149,7 +149,8 @@ class Progress:
             )
 
     def update(self, step: int, metrics: dict[str, Any] | None = None) -> None:
-        """Tells that `step` is done; with `metrics` (loss, learning_rate, experts_per_token) it is a logged step."""
+        """Tells that `step` is done; with `metrics` (loss, learning_rate, experts_per_token, skipped) it is a logged
+        step."""
         now = time.perf_counter()
         if self._last is None:
             self._last = step, now
@@ -161,10 +162,11 @@ class Progress:
         if metrics is None:
             return
         left, figures = self._left(step), self._figures(metrics)
+        skipped = "  skipped: gradients not finite" if metrics.get("skipped") else ""
         if self._bar is None:
-            self.write(f"step {step:{len(str(self.total))}}/{self.total}  {figures}  {left:>7} left")
+            self.write(f"step {step:{len(str(self.total))}}/{self.total}  {figures}  {left:>7} left{skipped}")
         else:
-            self._bar.set_postfix_str(f"{left}] {figures}")
+            self._bar.set_postfix_str(f"{left}] {figures}{skipped}")
 
     def write(self, line: str) -> None:
         """Prints a line, above the bar if there is one."""
@@ -245,7 +247,24 @@ class RunLog:
 
 
 def last_validation(path: Path) -> dict[str, Any]:
-    """The record of the last validation in a metrics.jsonl that holds one."""
+    """The record of the last validation in a metrics.jsonl that holds one, its numbers as they were given."""
     with path.open() as lines:
         *_, last = (record for record in map(json.loads, lines) if record["split"] == "validation")
-    return last
+    return _numbers(last)
+
+
+def _numbers(value: Any) -> Any:
+    """The inverse of `plain` on what is not finite."""
+    if isinstance(value, dict):
+        return {name: _numbers(item) for name, item in value.items()}
+    if isinstance(value, list):
+        return [_numbers(item) for item in value]
+    return float(value) if value in ("NaN", "Infinity", "-Infinity") else value
+
+
+def last_step(path: Path) -> int:
+    """The last step in a metrics.jsonl; 0 if there is none. A torn last line does not count."""
+    if not path.exists():
+        return 0
+    with path.open() as lines:
+        return max((json.loads(line)["step"] for line in lines if line.endswith("\n")), default=0)

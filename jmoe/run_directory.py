@@ -13,13 +13,14 @@ runs/NAME/
 import fcntl
 import json
 import os
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any, TextIO
 
 from jmoe.config import InputError, require
 
-# Keys that may differ from those the run was started with: they leave the arithmetic of a step as it is.
+# Keys that may differ from those the run was started with: model, data and objective stay what they are. (More steps
+# stretch a schedule that ends with them, and another mesh adds in another order.)
 FREE = (
     *("steps", "log_every", "max_skipped", "remat", "run_dir"),
     *("checkpoint", "evaluation", "mesh", "data.workers", "data.cache_dir"),
@@ -121,6 +122,11 @@ def check_resume(old: dict[str, Any], new: dict[str, Any], *, allow_learning_rat
     ways = "--allow-learning-rate-change or another --run-dir" if only_rate else "another --run-dir"
     lines = "".join(f"\n  {key}: {text}" for key, text in changed)
     raise InputError(f"this command cannot go on with the run in its directory; give {ways}, or undo:{lines}")
+
+
+def source_fingerprints(split: str, fingerprints: Iterable[str]) -> dict[str, str]:
+    """The fingerprints of a split's sources, in order, under the names that `check_fingerprints` tells."""
+    return {f"{split} source {number}": fingerprint for number, fingerprint in enumerate(fingerprints)}
 
 
 def check_fingerprints(old: dict[str, str], new: dict[str, str]) -> None:

@@ -26,8 +26,10 @@ class TrainState(NamedTuple):
     """float32 parameters."""
     opt_state: Any
     """of `jmoe.optim.transformation`."""
+    skipped_total: Array
+    """int32 scalar: steps skipped so far because their gradients were not finite."""
     skipped_in_a_row: Array
-    """int32 scalar: steps just skipped because their gradients were not finite."""
+    """int32 scalar: how many of them were the last ones."""
     key: Array
     """the run's random key; what is random at a step folds the step in."""
 
@@ -45,7 +47,7 @@ def init_state(settings: config.Config) -> TrainState:
     key, params_key = jax.random.split(jax.random.key(settings.seed))
     params: Any = Transformer(settings.model, params_key)
     zero = jnp.zeros((), jnp.int32)
-    return TrainState(zero, params, optim.transformation(settings.optim).init(params), zero, key)
+    return TrainState(zero, params, optim.transformation(settings.optim).init(params), zero, zero, key)
 
 
 def abstract_state(settings: config.Config, mesh: jax.sharding.Mesh) -> TrainState:
@@ -73,8 +75,9 @@ def put_batch(batch: Batch, mesh: jax.sharding.Mesh) -> Batch:
 def gradients(params: Transformer, batch: Batch, settings: config.Config) -> tuple[Any, Array, Metrics]:
     """Gradient and value of the loss over a global batch, in `settings.accumulation` micro-batches.
 
-    The load-balance loss needs the assignment counts of the whole batch before the first gradient, so accumulation
-    runs the layers once more, forward only, to count. That makes the result independent of the number of micro-batches.
+    The load-balance loss needs the assignment counts of the whole batch before the first gradient, so with it
+    accumulation runs the layers once more, forward only, to count. That makes the result independent of the number of
+    micro-batches.
     """
     total = totals(batch)
 
@@ -87,7 +90,9 @@ def gradients(params: Transformer, batch: Batch, settings: config.Config) -> tup
         grads, sums = gradient(params, batch, None)
     else:
         micro_batches = jax.tree.map(partial(split_rows, parts=settings.accumulation), batch)
-        counts = scan_sum(lambda micro_batch: hidden_states(params, micro_batch, settings)[1], micro_batches)
+        counts = None
+        if settings.loss.load_balance_loss:
+            counts = scan_sum(lambda micro_batch: hidden_states(params, micro_batch, settings)[1], micro_batches)
         grads, sums = scan_sum(lambda micro_batch: gradient(params, micro_batch, counts), micro_batches)
     loss, terms = loss_terms(sums, sums.stats, total, settings.loss)
     return grads, loss, Metrics({"loss": loss, **terms}, sums.stats, total)
@@ -120,14 +125,16 @@ def train_step(state: TrainState, batch: Batch, settings: config.Config) -> tupl
         return optax.apply_updates(old, optax.tree.scale(-learning_rate, direction)), opt_state
 
     params, opt_state = jax.lax.cond(finite, update, lambda: (state.params, state.opt_state))
+    skipped_total = state.skipped_total + ~finite
     skipped_in_a_row = jnp.where(finite, 0, state.skipped_in_a_row + 1)
     metrics.scalars.update(
         grad_norm=grad_norm,
         learning_rate=learning_rate,
         skipped=(~finite).astype(jnp.int32),
+        skipped_total=skipped_total,
         skipped_in_a_row=skipped_in_a_row,
     )
-    return TrainState(state.step + 1, params, opt_state, skipped_in_a_row, state.key), metrics
+    return TrainState(state.step + 1, params, opt_state, skipped_total, skipped_in_a_row, state.key), metrics
 
 
 class OnMesh:
@@ -215,12 +222,13 @@ def checkpoint_items(state: TrainState, fingerprints: dict[str, str]) -> dict[st
         "params": state.params,
         "optimizer": state.opt_state,
         "random": {"key": state.key},
-        "data": {"step": state.step, "skipped_in_a_row": state.skipped_in_a_row, **fingerprints},
+        "skipped": {"skipped_total": state.skipped_total, "skipped_in_a_row": state.skipped_in_a_row},
+        "data": {"step": state.step, **fingerprints},
     }
 
 
 def from_checkpoint(items: dict[str, Any]) -> tuple[TrainState, dict[str, str]]:
     """The state and the fingerprints that `checkpoint_items` took apart."""
     data = dict(items["data"])
-    step, skipped_in_a_row = data.pop("step"), data.pop("skipped_in_a_row")
-    return TrainState(step, items["params"], items["optimizer"], skipped_in_a_row, items["random"]["key"]), data
+    step = data.pop("step")
+    return TrainState(step, items["params"], items["optimizer"], **items["skipped"], **items["random"]), data

@@ -2,6 +2,7 @@
 
 import dataclasses
 from functools import partial
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -204,7 +205,7 @@ GOLDEN = [8.249677, 8.189602, 8.082294, 7.94606, 7.824652, 7.715386, 7.655521, 7
 
 
 def test_golden_losses_of_the_tiny_recipe():
-    settings = recipe.load("configs/tiny.py")
+    settings = recipe.load(Path(__file__).parents[1] / "configs" / "tiny.py")
     mesh = sharding.make_mesh(settings.mesh)
     state, step = training.create_state(settings, mesh), training.make_train_step(settings, mesh)
     losses = []

@@ -41,14 +41,16 @@ class RMSNorm(nnx.Module):
     def __call__(self, x: Float[Array, "*B D"]) -> Float[Array, "*B D"]:
         x32 = x.astype(jnp.float32)
         normalised = x32 * jax.lax.rsqrt(jnp.mean(x32 * x32, axis=-1, keepdims=True) + self.eps)
-        return jnp.einsum("...D,D->...D", normalised, self.gain[...]).astype(x.dtype)
+        gain = jnp.expand_dims(self.gain[...], tuple(range(x.ndim - 1)))
+        return (normalised * gain).astype(x.dtype)
 
 
 def rotate(x: Float[Array, "B S N H"], positions: Int[Array, "B S"], base: float) -> Float[Array, "B S N H"]:
     """Rotary positions (arXiv 2104.09864, §3.2.2), in the half-split layout of Llama; angles in float32."""
     half = x.shape[-1] // 2
     frequencies = base ** (-jnp.arange(half, dtype=jnp.float32) / half)
-    angles = jnp.einsum("BS,H->BSH", positions.astype(jnp.float32), frequencies)[:, :, None, :]
+    # A product of arrays, not of matrices: TPUs would round the factors of an einsum to bfloat16.
+    angles = positions.astype(jnp.float32)[:, :, None, None] * frequencies[None, None, None, :]
     cos, sin = jnp.cos(angles), jnp.sin(angles)
     a, b = jnp.split(x.astype(jnp.float32), 2, axis=-1)
     return jnp.concatenate([a * cos - b * sin, b * cos + a * sin], axis=-1).astype(x.dtype)
@@ -64,6 +66,10 @@ class SwiGLU(nnx.Module):
         self.down = parameter(normal(down, (d_ff, d_model), std), "mlp", "embed")
 
     def __call__(self, x: Float[Array, "B S D"]) -> Float[Array, "B S D"]:
-        dtype = x.dtype
-        hidden = jax.nn.silu(x @ self.gate[...].astype(dtype)) * (x @ self.up[...].astype(dtype))
-        return shard(hidden, "batch", "seq", "mlp") @ self.down[...].astype(dtype)
+        gate, up = (project(x, weight) for weight in (self.gate, self.up))
+        return project(shard(jax.nn.silu(gate) * up, "batch", "seq", "mlp"), self.down)
+
+
+def project(x: Float[Array, "B S D"], weight: nnx.Param) -> Float[Array, "B S F"]:
+    """x · weight in the dtype of `x`, accumulated in float32."""
+    return jnp.matmul(x, weight[...].astype(x.dtype), preferred_element_type=jnp.float32).astype(x.dtype)

@@ -48,9 +48,9 @@ def top_k(probabilities: Float[Array, "T E"], slots: int) -> tuple[Array, Array,
 def nucleus(probabilities: Float[Array, "T E"], p: float, slots: int) -> tuple[Array, Array, Array]:
     """The smallest set of experts whose probabilities sum to more than p (arXiv 2403.07652).
 
-    The expert that crosses p is included, and the weights are the raw probabilities. Where rounding, or p = 1, keeps
-    the sum from ever exceeding p, all `slots` experts are chosen: p = 1 means every expert. (The paper's code falls
-    back to the single best expert there.)
+    The expert that crosses p is included, and the weights are the raw probabilities. Where the sum never exceeds p, as
+    p = 1 should have it, all `slots` experts are chosen; the paper's code falls back to the single best one there. (At
+    p = 1 the float32 sum may still round above 1 and leave out experts whose probability is lost in that rounding.)
 
     Returns expert ids int32 [T, K], weights float32 [T, K], and which slots are used, bool [T, K].
     """
@@ -78,11 +78,11 @@ class Router(nnx.Module):
             case config.Nucleus(p=p):
                 ids, weights, used = nucleus(probabilities, p, self.moe.slots)
         used &= valid[:, None]
-        E = self.moe.num_experts
+        E, counted = self.moe.num_experts, valid[:, None].astype(jnp.float32)
         expert_ids = jnp.where(used, ids, E).astype(jnp.int32)
         stats = RouterStats(
             tokens_per_expert=jnp.bincount(expert_ids.reshape(-1), length=E + 1)[:E].astype(jnp.float32),
-            probability_per_expert=jnp.einsum("TE,T->E", probabilities, valid.astype(jnp.float32)),
-            entropy=-jnp.einsum("TE,TE,T->", probabilities, log_probabilities, valid.astype(jnp.float32)),
+            probability_per_expert=jnp.sum(probabilities * counted, axis=0),
+            entropy=-jnp.sum(probabilities * log_probabilities * counted),
         )
         return Routing(expert_ids, jnp.where(used, weights, 0.0), stats)

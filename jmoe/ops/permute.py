@@ -64,14 +64,15 @@ def combine(
 
 def _combine_forward(rows, combine_weights, order, inverse, used):
     slots = jnp.where(used[..., None], rows[inverse], 0)
-    out = jnp.einsum("TKD,TK->TD", slots, combine_weights, preferred_element_type=jnp.float32)
+    # Sums of products of arrays, not matrix products, for which TPUs would round the float32 weights to bfloat16.
+    out = jnp.sum(slots.astype(jnp.float32) * combine_weights[..., None], axis=1)
     return out.astype(rows.dtype), (rows, combine_weights, order, inverse, used)
 
 
 def _combine_backward(residuals, d_out):
     rows, combine_weights, order, inverse, used = residuals
     slots = jnp.where(used[..., None], rows[inverse], 0)
-    d_weights = jnp.einsum("TD,TKD->TK", d_out, slots, preferred_element_type=jnp.float32)
+    d_weights = jnp.sum(d_out[:, None].astype(jnp.float32) * slots.astype(jnp.float32), axis=2)
     weight_of_row = jnp.where(used, combine_weights, 0).reshape(-1)[order]
     d_rows = (weight_of_row[:, None] * d_out[order // inverse.shape[1]]).astype(rows.dtype)
     return d_rows, d_weights, None, None, None
