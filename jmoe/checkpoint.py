@@ -8,6 +8,7 @@ A step counts once its manifest stands.
     checkpoints/
       200/                 a step: one folder per item, items.json, manifest.json
       damaged-300/         did not match its manifest when a run was resumed; kept for the owner to look at
+      unfinished-100/      had no manifest when a run was resumed, and no good step was there beside it
 
 Several hosts may share the directory: each calls every method, and process 0 alone writes manifests, renames, removes.
 """
@@ -29,6 +30,7 @@ ITEMS = "items.json"
 ORBAX_METADATA = "_CHECKPOINT_METADATA"
 REMOVED = "removed-"
 DAMAGED = "damaged-"
+UNFINISHED = "unfinished-"
 
 log = logging.getLogger("jmoe")
 
@@ -195,7 +197,8 @@ class Checkpoints:
         restored arrays get (the default device's if they have none), and of plain values. Others are not read.
 
         A damaged newest step is reported and the one before it taken. On the way the directory is put in order:
-        damaged steps are renamed, what an interrupted save left behind is removed. With `read_only`, for a reader
+        damaged steps are renamed, what an interrupted save left behind is removed. A step without a manifest is
+        renamed too where no good one is there, as it may be the only one of a run. With `read_only`, for a reader
         beside a running training, nothing is touched.
 
         Raises CheckpointError if checkpoints exist but none is good, if `step` is given and is not there or damaged,
@@ -226,10 +229,12 @@ class Checkpoints:
 
         if not read_only and jax.process_index() == 0:
             self._remove_leftovers()
-            if unfinished is not None:
+            if unfinished is not None and good is None:
+                self._move_aside(unfinished, UNFINISHED)
+            elif unfinished is not None:
                 _discard(self.directory / str(unfinished))
             for bad in damaged:
-                self._move_aside(bad)
+                self._move_aside(bad, DAMAGED)
         return None if good is None else (good, self._load(good, abstract_items))
 
     def metadata(self, step: int) -> dict[str, Any]:
@@ -286,11 +291,11 @@ class Checkpoints:
 
     # ------------------------------------------------------------------------------------------------------- tidying
 
-    def _move_aside(self, step: int) -> None:
-        names = (f"{DAMAGED}{step}{suffix}" for suffix in ("", *(f"-{n}" for n in range(2, 1000))))
+    def _move_aside(self, step: int, prefix: str) -> None:
+        names = (f"{prefix}{step}{suffix}" for suffix in ("", *(f"-{n}" for n in range(2, 1000))))
         target = next(path for path in map(self.directory.joinpath, names) if not path.exists())
         (self.directory / str(step)).rename(target)
-        log.warning("the damaged checkpoint of step %d is now %s", step, target)
+        log.warning("the %s checkpoint of step %d is now %s", prefix.rstrip("-"), step, target)
 
     def _remove_leftovers(self) -> None:
         """What a process killed while saving or removing left behind."""

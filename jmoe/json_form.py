@@ -6,6 +6,8 @@ messages.
 
 import dataclasses
 import difflib
+import math
+import sys
 import types
 import typing
 from collections.abc import Iterable, Sequence
@@ -49,9 +51,10 @@ def decode(value: Any, hint: Any, place: str = "") -> Any:
         return value
     members = members_of(hint)
     if float in members and type(value) is int:
-        value = float(value)
+        value = float(value) if abs(value) <= sys.float_info.max else math.inf
     of_type = any(type(value) is m if m in (int, bool) else isinstance(value, m) for m in members)
     require(of_type, f"{place} is {value!r}; it must be {_one_of(_NAMES[m] for m in members)}")
+    require(not isinstance(value, float) or math.isfinite(value), f"{place} is {value}; it must be finite")
     return value
 
 

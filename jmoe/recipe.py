@@ -100,6 +100,8 @@ def override(config: T, flags: Sequence[str]) -> T:
 
     A field that holds a choice takes the name of a kind, which starts from that kind's own defaults, or a JSON object;
     a tuple takes a JSON list. `--flag value` and `--flag=value`, `-` and `_` are the same; a switch alone is true.
+    Where any text is a value, None is written exactly so. `--help` or `-h` in the place of a flag prints all flags,
+    with the values that the flags before it gave them, and exits 0.
     Raises `InputError` for an unknown flag, a wrong type or an impossible value.
     """
     return _override([config], flags)[0]
@@ -191,12 +193,12 @@ def _override(configs: Sequence[Any], flags: Sequence[str], usage: str = "[--fla
         found = (flag for tree, config in zip(trees, configs, strict=True) for flag in _flags(tree, type(config)))
         return {flag.name: flag for flag in found}
 
-    if "--help" in flags or "-h" in flags:
-        print(_help(known().values(), usage))
-        raise SystemExit(0)
     rest = list(flags)
     while rest:
         written, equals, text = rest.pop(0).partition("=")
+        if written in ("--help", "-h"):
+            print(_help(known().values(), usage))
+            raise SystemExit(0)
         if not written.startswith("-"):
             raise InputError(f"unexpected {written!r}: after the first argument come flags, each with one value")
         name = written.lstrip("-").replace("_", "-")
@@ -205,12 +207,14 @@ def _override(configs: Sequence[Any], flags: Sequence[str], usage: str = "[--fla
             near = [f"--{n}" for n in nearest(name, known())]
             raise InputError(f"unknown flag {written}" + (did_you_mean(near) or "; --help lists all flags"))
         if not equals:
-            if rest and not rest[0].startswith("--"):
+            takes_text = str in members_of(flag.hint)
+            if rest and not rest[0].startswith("--") and (takes_text or rest[0] != "-h"):
                 text = rest.pop(0)
             elif flag.hint is bool:
                 text = "true"
             else:
-                raise InputError(f"--{name} needs a value: {_type_name(flag.hint)}")
+                way = f"; if {rest[0]} is meant as text, write --{name}={rest[0]}" if rest and takes_text else ""
+                raise InputError(f"--{name} needs a value: {_type_name(flag.hint)}{way}")
         read = decode(_read(text, flag.hint, f"--{name}"), flag.hint, f"--{name}")
         flag.holder[flag.key] = encode(read, flag.hint, name)
     return [decode(tree, type(config), "") for tree, config in zip(trees, configs, strict=True)]
@@ -219,7 +223,7 @@ def _override(configs: Sequence[Any], flags: Sequence[str], usage: str = "[--fla
 def _read(text: str, hint: Any, place: str) -> Any:
     """The JSON value that the text of a flag stands for; `_decode` then judges it."""
     members = members_of(hint)
-    if types.NoneType in members and text.lower() == "none":
+    if types.NoneType in members and (text == "None" or (text.lower() == "none" and str not in members)):
         return None
     if str in members or typing.get_origin(hint) is Literal:
         return text

@@ -20,6 +20,7 @@ import pytest
 from flax import nnx
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
+from jmoe import checkpoint as module
 from jmoe.checkpoint import CheckpointError, Checkpoints, flatten, unflatten
 
 
@@ -215,6 +216,28 @@ def test_the_newest_and_every_mth_are_kept(tmp_path):
     assert {path.name for path in tmp_path.iterdir()} == {"20", "35", "40"}
 
 
+def test_the_only_one_kept_goes_when_the_next_is_complete_and_not_before(tmp_path, monkeypatch):
+    checkpoints = save_small(tmp_path, 1, keep=1)
+    write, there = module._write, []
+
+    def watched(file, content):
+        if file.name == module.MANIFEST:
+            there.append(checkpoints.steps())
+            if len(there) == 1:
+                raise OSError("no space left")
+        write(file, content)
+
+    monkeypatch.setattr(module, "_write", watched)
+    checkpoints.save(2, small(2), metadata={})
+    with pytest.raises(CheckpointError, match="saving step 2 to .* failed: no space left"):
+        checkpoints.wait()
+    assert checkpoints.restore(SMALL, read_only=True)[0] == 1
+    checkpoints.save(3, small(3), metadata={})
+    checkpoints.wait()
+    assert there == [[1], [1]] and checkpoints.steps() == [3]
+    assert {path.name for path in tmp_path.iterdir()} == {"3"}
+
+
 def test_a_complete_step_is_not_written_again(tmp_path):
     checkpoints = save_small(tmp_path, 1)
     before = (tmp_path / "1" / "manifest.json").stat()
@@ -334,9 +357,28 @@ def test_a_save_cut_off_before_its_manifest_is_removed(tmp_path, caplog):
     assert Checkpoints(tmp_path, keep=2).restore(SMALL)[0] == 10
     assert [record.levelno for record in caplog.records] == [logging.INFO, logging.INFO]
     assert [path.name for path in tmp_path.iterdir()] == ["10"]
-    (tmp_path / "10" / "manifest.json").unlink()
-    assert Checkpoints(tmp_path, keep=2).restore(SMALL) is None
-    assert list(tmp_path.iterdir()) == []
+
+
+def test_where_the_only_step_has_no_manifest_it_is_moved_aside(tmp_path, caplog):
+    manifests = []
+    for name in ("unfinished-10", "unfinished-10-2"):
+        save_small(tmp_path, 10).close()
+        manifests.append((tmp_path / "10" / "manifest.json").read_bytes())
+        (tmp_path / "10" / "manifest.json").unlink()
+        before = {path.name for path in tmp_path.iterdir()}
+        assert Checkpoints(tmp_path, keep=1).restore(SMALL, read_only=True) is None
+        assert {path.name for path in tmp_path.iterdir()} == before
+        caplog.clear()
+        assert Checkpoints(tmp_path, keep=1).restore(SMALL) is None
+        (warning,) = (record for record in caplog.records if record.levelno == logging.WARNING)
+        assert warning.message == f"the unfinished checkpoint of step 10 is now {tmp_path / name}"
+        assert {path.name for path in tmp_path.iterdir()} == before - {"10"} | {name}
+    # The run goes on beside it, and once its manifest is found again nothing is lost.
+    assert save_small(tmp_path, 5, keep=1).restore(SMALL)[0] == 5
+    (tmp_path / "unfinished-10").rename(tmp_path / "10")
+    (tmp_path / "10" / "manifest.json").write_bytes(manifests[0])
+    step, got = Checkpoints(tmp_path, keep=1).restore(SMALL)
+    assert step == 10 and same(got, small(10))
 
 
 def test_two_damaged_steps_are_stepped_over(tmp_path):

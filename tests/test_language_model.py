@@ -93,9 +93,9 @@ def test_text_and_tokens_are_the_same_continuation(model):
     prompt = np.array([256, *b"tok"], np.int32)
     new = model.generate_tokens(prompt, max_new_tokens=12, sampling=sampling)
     assert text == model.tokenizer.decode(new) and 0 < len(new) <= 12
-    assert (
-        model.generate("", max_new_tokens=12, sampling=sampling) is not None
-    )  # the end-of-text token is prompt enough
+    unprompted = model.generate_tokens(np.array([256], np.int32), max_new_tokens=12, sampling=sampling)
+    assert len(unprompted) > 0
+    assert model.generate("", max_new_tokens=12, sampling=sampling) == model.tokenizer.decode(unprompted)
 
 
 def test_loading_changes_nothing_and_takes_no_lock(run_dir):

@@ -12,7 +12,7 @@ from tensorboardX.proto.event_pb2 import Event
 
 from jmoe import metrics as module
 from jmoe.config import InputError
-from jmoe.metrics import MetricsLog, Progress, TensorBoard, plain
+from jmoe.metrics import MetricsLog, Progress, TensorBoard, last_validation, plain
 
 
 def write_steps(path, start, stop, *, resume):
@@ -43,6 +43,19 @@ def test_what_is_not_finite_is_a_string_that_float_reads():
     written = plain({"a": float("nan"), "b": np.float32("inf"), "c": jnp.array([-jnp.inf, jnp.nan, 1.0])})
     assert written == {"a": "NaN", "b": "Infinity", "c": ["-Infinity", "NaN", 1.0]}
     assert math.isnan(float(written["a"])) and float(written["c"][0]) == -math.inf
+
+
+def test_the_last_validation_is_read_as_it_was_given(tmp_path):
+    log, inf, nan = MetricsLog(tmp_path / "metrics.jsonl", -1), math.inf, math.nan
+    log.write({"step": 1, "split": "validation", "loss": 1.0})
+    record = {"step": 2, "split": "validation", "loss": nan, "bits_per_byte": -inf, "tokens": 7, "load": [[inf, 0.5]]}
+    log.write(record | {"note": "nan", "none": None})
+    log.write({"step": 3, "split": "train", "loss": 3.0})
+    log.close()
+    read = last_validation(tmp_path / "metrics.jsonl")
+    assert math.isnan(read.pop("loss")) and type(read["tokens"]) is int
+    del record["loss"]
+    assert read == record | {"note": "nan", "none": None}
 
 
 def test_a_resumed_file_is_that_of_an_uninterrupted_run(tmp_path):
@@ -176,6 +189,20 @@ def test_a_bar_on_a_terminal(clock, output):
     last = stream.getvalue().replace("\n", "\r").rstrip("\r").split("\r")[-1]
     assert "20/300" in last and "loss 3.1416" in last and "2,000 tokens/s" in last and "02:20]" in last
     assert "saved\n" in stream.getvalue()
+
+
+@pytest.mark.parametrize("stream", [io.StringIO, Terminal])
+def test_a_skipped_step_says_so(clock, output, stream):
+    shown = output(stream())
+    progress = Progress(40, 20, 10)
+    progress.update(21, {"loss": math.nan, "skipped": 1})
+    at = shown.tell()
+    clock.now += 1.0
+    progress.update(22, {"loss": 1.0, "skipped": 0})
+    text = shown.getvalue()
+    progress.close()
+    assert "loss nan " in text[:at] and "  skipped: gradients not finite" in text[:at]
+    assert "loss 1.0000 " in text[at:] and "skipped" not in text[at:]
 
 
 def test_a_dense_model_and_a_resumed_run(clock, output):

@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import math
 import os
 import re
 import subprocess
@@ -114,6 +115,10 @@ def test_fields_younger_than_the_file_take_their_defaults():
         (lambda t: t.update(steps=1.0), "steps is 1.0; it must be an integer"),
         (lambda t: t.update(steps=True), "steps is True; it must be an integer"),
         (lambda t: t["optim"].update(eps="1e-8"), "optim.eps is '1e-8'; it must be a number"),
+        (lambda t: t["optim"].update(clip_norm=math.inf), "optim.clip_norm is inf; it must be finite"),
+        (lambda t: t["optim"].update(clip_norm=-math.inf), "optim.clip_norm is -inf; it must be finite"),
+        (lambda t: t["optim"].update(clip_norm=10**400), "optim.clip_norm is inf; it must be finite"),
+        (lambda t: t["data"]["sources"][0].update(weight=math.nan), "data.sources.0.weight is nan; it must be finite"),
         (lambda t: t["model"].update(qk_norm=1), "model.qk_norm is 1; it must be true or false"),
         (lambda t: t.update(run_dir=3), "run_dir is 3; it must be text or None"),
         (lambda t: t.update(dtype="fp8"), "dtype is 'fp8'; it must be float32 or bfloat16"),
@@ -160,7 +165,13 @@ def test_json_that_is_no_object_is_refused(value):
         ("--model.qk-norm true", lambda c: c.model.qk_norm, True),
         ("--model.tie-embeddings False --steps 30", lambda c: c.model.tie_embeddings, False),
         ("--dtype float32", lambda c: c.dtype, "float32"),
-        ("--run-dir none", lambda c: c.run_dir, None),
+        ("--run-dir None", lambda c: c.run_dir, None),
+        ("--run-dir none", lambda c: c.run_dir, "none"),
+        ("--run-dir NONE", lambda c: c.run_dir, "NONE"),
+        ("--run-dir -h", lambda c: c.run_dir, "-h"),
+        ("--run-dir=--help", lambda c: c.run_dir, "--help"),
+        ("--run-dir=", lambda c: c.run_dir, ""),
+        ("--checkpoint.keep-every none", lambda c: c.checkpoint.keep_every, None),
         ("--run-dir 17", lambda c: c.run_dir, "17"),
         ("--checkpoint.keep-every 5", lambda c: c.checkpoint.keep_every, 5),
         ("--model.layers.1.pattern.1.router.p 0.6", lambda c: c.model.layers[1].pattern[1].router, Nucleus(0.6)),
@@ -198,7 +209,15 @@ def test_flags_change_what_they_name(flags, read, value):
         ("--model.qk-norm 1", "--model.qk-norm is '1'; it must be true or false"),
         ("--dtype fp8", "--dtype is 'fp8'; it must be float32 or bfloat16"),
         ("--steps", "--steps needs a value: INT"),
-        ("--run-dir --steps 3", "--run-dir needs a value"),
+        ("--steps --dtype float32", "--steps needs a value: INT"),
+        ("--steps -h", "--steps needs a value: INT"),
+        ("--run-dir", "--run-dir needs a value: STR|None"),
+        ("--run-dir --steps 3", "STR|None; if --steps is meant as text, write --run-dir=--steps"),
+        ("--run-dir --help", "STR|None; if --help is meant as text, write --run-dir=--help"),
+        ("--optim.eps nan", "--optim.eps is nan; it must be finite"),
+        ("--optim.eps -inf", "--optim.eps is -inf; it must be finite"),
+        ("--optim.clip-norm 1e999", "--optim.clip-norm is inf; it must be finite"),
+        ('--data.sources [{"kind":"Files","glob":"x","weight":NaN}]', "--data.sources.0.weight is nan; it must be"),
         ("--steps 30 40", "unexpected '40'"),
         ("--optim.schedule Cosin", "--optim.schedule: kind is 'Cosin'; it must be Cosine, WSD or Constant"),
         ("--data.sources x", "--data.sources is 'x'; it must be JSON"),
@@ -234,7 +253,7 @@ def test_every_field_is_a_flag():
 
 def test_help_explains_every_flag_with_unit_and_default(capsys):
     with pytest.raises(SystemExit) as caught:
-        recipe.override(MIXED, ["--steps", "3", "--help"])
+        recipe.override(MIXED, ["--help", "--stps", "3"])
     assert caught.value.code == 0
     text = capsys.readouterr().out
     entries = dict(re.findall(r"^  --(\S+) .*?\(default: (.*)\)$", text, re.MULTILINE))
@@ -244,6 +263,17 @@ def test_help_explains_every_flag_with_unit_and_default(capsys):
     at = lines.index("  --optim.schedule.shape {linear,1-sqrt} (default: linear)")
     assert lines[at + 1] == "      course of the decay [name]"
     assert "  --model.layers.1.pattern.0.router {TopK,Nucleus} (default: TopK)" in lines
+
+
+@pytest.mark.parametrize("flags", ["-h", "--help", "--model.qk-norm --help", "--model.qk-norm -h"])
+def test_help_stands_where_a_flag_may_and_shows_what_stands_before_it(flags, capsys):
+    with pytest.raises(SystemExit) as caught:
+        recipe.override(MIXED, ["--optim.schedule", "Cosine", *flags.split()])
+    assert caught.value.code == 0
+    text = capsys.readouterr().out
+    assert "  --optim.schedule {Cosine,WSD,Constant} (default: Cosine)\n" in text
+    assert f"  --model.qk-norm BOOL (default: {'qk' in flags})\n" in text
+    assert "  --optim.schedule.final FLOAT (default: 0.1)\n" in text and "optim.schedule.shape" not in text
 
 
 def test_every_single_value_of_the_configuration_has_a_meaning_with_a_unit():
@@ -280,6 +310,10 @@ def test_a_recipe_gives_its_configuration(folder):
         ("def config():\n    return {}\n", "r.py: config() returned dict; it must return a Config"),
         ("from jmoe.config import *\n\ndef config():\n    return Config(steps=0)\n", "r.py:4: steps is 0"),
         ("from jmoe.config import *\nconfig = lambda: Config(stps=1)\n", "r.py:2: TypeError"),
+        (
+            "from jmoe.config import *\nconfig = lambda: Config(optim=AdamW(clip_norm=float('inf')))\n",
+            "r.py: optim.clip_norm is inf; it must be finite",
+        ),
     ],
 )
 def test_a_failing_recipe_is_told_in_one_line(tmp_path, text, says):
