@@ -70,22 +70,30 @@ def record_dtype(seq_len: int, vocab_size: int) -> np.dtype:
     return np.dtype([("tokens", token, seq_len + 1), ("segment_ids", segment, seq_len + 1), ("crc", "<u4")])
 
 
-def pack(documents: Iterable[Integer[np.ndarray, " tokens"]], seq_len: int, vocab_size: int) -> Iterator[np.ndarray]:
-    """Packs token sequences (each at least 2 tokens) into records, arrays of shape () and dtype `record_dtype`."""
+def pack(
+    documents: Iterable[Iterable[Integer[np.ndarray, " tokens"]]], seq_len: int, vocab_size: int
+) -> Iterator[np.ndarray]:
+    """Packs documents into records, arrays of shape () and dtype `record_dtype`.
+
+    A document is its tokens, at least 2, in runs of any length, of which one at a time is held.
+    """
     dtype = record_dtype(seq_len, vocab_size)
     record, filled, segment = np.zeros((), dtype), 0, 0
-    for tokens in documents:
-        start = 0
-        while start < len(tokens) - 1:
-            if seq_len + 1 - filled < 2:
-                yield _sealed(record)
-                record, filled, segment = np.zeros((), dtype), 0, 0
-            piece = tokens[start : start + seq_len + 1 - filled]
-            segment += 1
-            record["tokens"][filled : filled + len(piece)] = piece
-            record["segment_ids"][filled : filled + len(piece)] = segment
-            filled += len(piece)
-            start += len(piece) - 1
+    for document in documents:
+        last = np.zeros(0, np.int32)  # the token before, none where the document begins
+        for tokens in document:
+            while len(tokens):
+                if seq_len + 1 - filled < 2 - len(last):  # a segment takes two tokens to begin and one to go on
+                    yield _sealed(record)
+                    record, filled, segment = np.zeros((), dtype), len(last), len(last)
+                    record["tokens"][:filled] = last
+                    record["segment_ids"][:filled] = segment
+                segment += 1 - len(last)
+                taken = tokens[: seq_len + 1 - filled]
+                record["tokens"][filled : filled + len(taken)] = taken
+                record["segment_ids"][filled : filled + len(taken)] = segment
+                filled += len(taken)
+                last, tokens = taken[-1:], tokens[len(taken) :]
     if filled:
         yield _sealed(record)
 
@@ -139,27 +147,32 @@ def _write(
 ) -> None:
     """Writes the record files and, last, info.json."""
     counts = np.zeros(tokenizer.vocab_size, np.int64)
+    eos = np.array([tokenizer.eos], np.int32)
     size = documents = records = 0
 
-    def tokenised() -> Iterator[np.ndarray]:
+    def counted(name: str, pieces: Iterable[tuple[str, str, np.ndarray]]) -> Iterator[np.ndarray]:
         nonlocal size, documents
-        chosen = (
-            document
-            for document in watched(source, f"tokenising {split}:")
-            if document.text.strip() and (part is None or held_out(document.name, part[1]) == (part[0] == "validation"))
-        )
-        for document, ids in _encoded(chosen, tokenizer):
+        documents += 1
+        yield eos
+        for _, text, ids in pieces:
             require(
                 not ids.size or int(ids.max()) < tokenizer.vocab_size,
-                f"{describe(source)}, {document.name}: the tokenizer gave an id >= its {tokenizer.vocab_size} tokens",
+                f"{describe(source)}, {name}: the tokenizer gave an id >= its {tokenizer.vocab_size} tokens",
             )
-            size += len(document.text.encode())
-            documents += 1
-            tokens = np.concatenate([[tokenizer.eos], ids, [tokenizer.eos]])
-            np.add.at(counts, tokens[1:], 1)
-            yield tokens
+            size += len(text.encode())
+            np.add.at(counts, ids, 1)
+            yield ids
+        counts[eos] += 1
+        yield eos
 
-    for number, chunk in enumerate(_chunked(pack(tokenised(), seq_len, tokenizer.vocab_size), RECORDS_PER_FILE)):
+    chosen = (
+        document
+        for document in watched(source, f"tokenising {split}:")
+        if part is None or held_out(document.name, part[1]) == (part[0] == "validation")
+    )
+    by_document = itertools.groupby(_encoded(chosen, tokenizer), key=lambda piece: piece[0])
+    packed = pack(itertools.starmap(counted, by_document), seq_len, tokenizer.vocab_size)
+    for number, chunk in enumerate(_chunked(packed, RECORDS_PER_FILE)):
         writer = ArrayRecordWriter(str(directory / f"{number:05d}.array_record"), "group_size:1")
         try:
             for record in chunk:
@@ -169,8 +182,13 @@ def _write(
             writer.close()
     targets = int(counts.sum())
     if documents == 0:
-        hint = "" if part is None else f"; the share held out for validation is data.validation_fraction = {part[1]}"
-        raise InputError(f"data: {describe(source)} has no document with text for the {split} split{hint}")
+        remedy = "give a source that has one"
+        if part is not None:
+            remedy = (
+                f"the share held out for validation is data.validation_fraction = {part[1]}; "
+                "give data.validation, more documents, or .jsonl with one document a line"
+            )
+        raise InputError(f"data: {describe(source)} has no document with text for the {split} split; {remedy}")
     frequencies = counts[counts > 0] / targets
     info = dict(
         seq_len=seq_len,
@@ -190,34 +208,34 @@ def _chunked(records: Iterator[np.ndarray], size: int) -> Iterator[Iterator[np.n
         yield itertools.chain([first], itertools.islice(records, size - 1))
 
 
-def _encoded(documents: Iterator[Document], tokenizer: Tokenizer) -> Iterator[tuple[Document, np.ndarray]]:
-    """Each document with its ids. Long texts are encoded in pieces, so that memory does not grow with the longest."""
-    pieces = ((document, piece) for document in documents for piece in _pieces(document.text))
-    encoded = (
-        (document, ids)
-        for group in _grouped(pieces)
-        for (document, _), ids in zip(group, tokenizer.encode_batch([text for _, text in group]), strict=True)
+def _encoded(documents: Iterator[Document], tokenizer: Tokenizer) -> Iterator[tuple[str, str, np.ndarray]]:
+    """(document's name, text, ids) of each piece of the documents, which are encoded many at a time."""
+    pieces = (
+        (document.name, text)
+        for document in documents
+        for text in _unless_blank(document.pieces(_PIECE_CHARACTERS, after="\n"))
     )
-    for _, run in itertools.groupby(encoded, key=lambda pair: pair[0].name):
-        parts = list(run)
-        yield parts[0][0], np.concatenate([ids for _, ids in parts])
+    for group in _grouped(pieces):
+        for (name, text), ids in zip(group, tokenizer.encode_batch([text for _, text in group]), strict=True):
+            yield name, text, ids
 
 
-def _pieces(text: str) -> Iterator[str]:
-    """`text` cut into pieces of at most _PIECE_CHARACTERS, after a line's end where there is one."""
-    start = 0
-    while len(text) - start > _PIECE_CHARACTERS:
-        end = text.rfind("\n", start, start + _PIECE_CHARACTERS) + 1 or start + _PIECE_CHARACTERS
-        yield text[start:end]
-        start = end
-    yield text[start:]
+def _unless_blank(pieces: Iterator[str]) -> Iterator[str]:
+    """All the pieces, or none where all are white space."""
+    blank = []
+    for piece in pieces:
+        blank.append(piece)
+        if piece.strip():
+            yield from blank
+            blank.clear()
+            yield from pieces
 
 
-def _grouped(pieces: Iterator[tuple[Document, str]]) -> Iterator[list[tuple[Document, str]]]:
+def _grouped(pieces: Iterator[tuple[str, str]]) -> Iterator[list[tuple[str, str]]]:
     group, size = [], 0
-    for document, piece in pieces:
-        group.append((document, piece))
-        size += len(piece)
+    for name, text in pieces:
+        group.append((name, text))
+        size += len(text)
         if size >= _BATCH_CHARACTERS:
             yield group
             group, size = [], 0

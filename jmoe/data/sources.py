@@ -1,7 +1,8 @@
 """Documents: where text comes from.
 
 Each kind of source yields the same documents in the same order on every machine, names each document in a way that
-does not depend on where it lies, and tells a fingerprint of its content. Nothing larger than one document is held.
+does not depend on where it lies, and tells a fingerprint of its content. A .txt is read as its text is asked for; of
+the others one document at a time is held.
 """
 
 import codecs
@@ -18,7 +19,7 @@ import tempfile
 import time
 import tokenize
 import zlib
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -39,7 +40,26 @@ class Document:
     """One text and a name that is the same on every machine."""
 
     name: str
-    text: str
+    text: Iterable[str]
+    """parts that make the text when joined; that of a .txt is read from the file, so it can be gone through once"""
+
+    def pieces(self, size: int, after: str = "") -> Iterator[str]:
+        """The text in pieces of at most `size` characters, each cut after its last `after`, or at `size` without one.
+
+        The cuts depend on the text alone, not on the parts that it comes in. Raises InputError where the text cannot
+        be read.
+        """
+        rest = ""
+        for part in self.text:
+            rest, start = rest + part, 0
+            while len(rest) - start > size:
+                found = rest.rfind(after, start, start + size)
+                end = start + size if found < 0 else found + len(after)
+                yield rest[start:end]
+                start = end
+            rest = rest[start:]
+        if rest:
+            yield rest
 
 
 def describe(source: Source) -> str:
@@ -54,7 +74,10 @@ def describe(source: Source) -> str:
 
 
 def documents(source: Source) -> Iterator[Document]:
-    """Every document of `source`, one at a time, in a fixed order. Raises InputError for what cannot be read."""
+    """Every document of `source`, one at a time, in a fixed order. Raises InputError for what cannot be read.
+
+    What is wrong inside a .txt is found as its text is read.
+    """
     match source:
         case Embedded():
             return _embedded_documents(source)
@@ -90,10 +113,12 @@ def held_out(document_name: str, fraction: float) -> bool:
 
 
 def fingerprint(source: Source, cache_dir: str | os.PathLike[str]) -> str:
-    """A hash of the content of `source` (hexadecimal), the same wherever the files lie.
+    """A hash that tells one content of `source` from another (hexadecimal), the same wherever the files lie.
 
-    The hash of each file is remembered in `cache_dir` under its path, size and time of change, so that the next call
-    reads no file. Raises InputError where the source is missing.
+    Files, and the embedded corpus, are hashed by name and content. The hash of each file is remembered in `cache_dir`
+    under its path, size and time of change, so that the next call reads no file. A TFDS dataset is hashed by its name,
+    version and split and the shard lengths and byte counts of its splits, not by its content: a change of its texts
+    that changes none of these is not noticed. Raises InputError where the source is missing.
     """
     match source:
         case TFDS():
@@ -213,7 +238,7 @@ def _embedded_documents(source: Embedded) -> Iterator[Document]:
             text.encode()
         except (SyntaxError, LookupError, UnicodeError):
             continue
-        yield Document(name, text)
+        yield Document(name, (text,))
 
 
 def _file_documents(source: Files) -> Iterator[Document]:
@@ -221,10 +246,9 @@ def _file_documents(source: Files) -> Iterator[Document]:
         if _JSONL.search(name):
             for number, line in enumerate(_lines(_chunks(path)), start=1):
                 if line.strip():
-                    yield Document(f"{name}:{number}", _json_text(line, source.text_key, f"{path}:{number}"))
+                    yield Document(f"{name}:{number}", (_json_text(line, source.text_key, f"{path}:{number}"),))
         else:
-            content = b"".join(_chunks(path)).removeprefix(codecs.BOM_UTF8)
-            yield Document(name, _utf8(content, str(path)))
+            yield Document(name, _decoded(_chunks(path), str(path)))
 
 
 def _chunks(path: Path) -> Iterator[bytes]:
@@ -269,6 +293,22 @@ def _utf8(content: bytes, where: str) -> str:
         return content.decode()
     except UnicodeDecodeError as error:
         raise InputError(f"data: {where} is not UTF-8: byte {error.start} cannot be decoded") from None
+
+
+def _decoded(chunks: Iterator[bytes], where: str) -> Iterator[str]:
+    """The text of a UTF-8 file that comes in chunks cut anywhere, without its byte order mark."""
+    decoder = codecs.getincrementaldecoder("utf-8")()
+    read, mark = 0, "\ufeff"
+    try:
+        for chunk in chunks:
+            read += len(chunk)
+            if text := decoder.decode(chunk):
+                yield text.removeprefix(mark)
+                mark = ""
+        decoder.decode(b"", final=True)
+    except UnicodeDecodeError as error:
+        place = read - len(error.object) + error.start
+        raise InputError(f"data: {where} is not UTF-8: byte {place} cannot be decoded") from None
 
 
 def _json_text(line: bytes, key: str, where: str) -> str:
@@ -323,4 +363,4 @@ def _tfds_documents(source: TFDS) -> Iterator[Document]:
         text = examples[index][source.text_key]
         where = f"TFDS {source.name} {source.split}, example {index}: feature {source.text_key!r}"
         require(isinstance(text, bytes), f"data: {where} is no text but {type(text).__name__}")
-        yield Document(f"{builder.name}:{index}", _utf8(text, where))
+        yield Document(f"{builder.name}:{index}", (_utf8(text, where),))

@@ -183,9 +183,9 @@ def sample_texts(corpus: Sequence[Source], held_out_fraction: float, megabytes: 
         for document in sources.watched(source, "sampling"):
             if sources.held_out(document.name, held_out_fraction):
                 continue
-            for start in range(0, len(document.text), _SAMPLE_CHARACTERS):
-                piece = document.text[start : start + _SAMPLE_CHARACTERS]
-                digest = hashlib.blake2b(os.fsencode(f"{document.name}:{start}"), digest_size=8).digest()
+            for number, piece in enumerate(document.pieces(_SAMPLE_CHARACTERS)):
+                name = f"{document.name}:{number * _SAMPLE_CHARACTERS}"
+                digest = hashlib.blake2b(os.fsencode(name), digest_size=8).digest()
                 heapq.heappush(heap, (-int.from_bytes(digest, "big"), piece))
                 size += len(piece.encode())
                 while size > budget and len(heap) > 1:

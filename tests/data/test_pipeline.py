@@ -8,7 +8,6 @@ import pytest
 from array_record.python.array_record_module import ArrayRecordWriter
 
 from jmoe.config import Data, Files, InputError
-from jmoe.data import pipeline
 from jmoe.data import prepare as prepare_module
 from jmoe.data.pipeline import Records, train_batches, validation_batches
 from jmoe.data.prepare import prepare
@@ -18,8 +17,8 @@ SEQ = 16
 
 
 @pytest.fixture(scope="module")
-def prepared(tmp_path_factory):
-    """Three sources whose texts are digits, lower and upper case, of different sizes."""
+def corpus(tmp_path_factory):
+    """A folder and three sources in it whose texts are digits, lower and upper case, of different sizes."""
     folder = tmp_path_factory.mktemp("corpus")
     rng = np.random.default_rng(0)
     sources = []
@@ -32,7 +31,13 @@ def prepared(tmp_path_factory):
             text = "".join(rng.choice(list(letters), rng.integers(5, 200)))
             (folder / f"{name}{number:02d}.txt").write_text(text)
         sources.append(Files(glob=f"{folder}/{name}*.txt", weight=weight))
-    data = Data(sources=tuple(sources), seq_len=SEQ, cache_dir=str(folder / "cache"), validation_fraction=0.1)
+    return folder, tuple(sources)
+
+
+@pytest.fixture(scope="module")
+def prepared(corpus):
+    folder, sources = corpus
+    data = Data(sources=sources, seq_len=SEQ, cache_dir=str(folder / "cache"), validation_fraction=0.1)
     return prepare(data, byte_tokenizer(), "train")
 
 
@@ -53,7 +58,7 @@ def rows_of(batches):
 
 
 def test_a_batch_is_what_its_fields_say(prepared):
-    for batch in [*take(train_batches(prepared, batch_size=8, seq_len=SEQ, seed=0), 20)]:
+    for batch in take(train_batches(prepared, batch_size=8, seq_len=SEQ, seed=0), 20):
         for field in batch:
             assert field.shape == (8, SEQ) and field.flags.c_contiguous
             assert field.dtype == (bool if field is batch.loss_mask else np.int32)
@@ -71,8 +76,22 @@ def test_a_batch_is_what_its_fields_say(prepared):
                     assert targets[place] == (tokens[place + 1] if mask[place] else 0)
                 if mask[place]:  # a document ends with eos, after which nothing is predicted
                     assert tokens[place] != 256 or positions[place] == 0
-        # no target crosses documents: the letters of the three sources never meet in one row's segment
-        assert (batch.targets[batch.loss_mask] < 257).all()
+
+
+def test_no_target_crosses_documents(prepared, corpus):
+    """A segment's first token and its targets, read on, stand in one document."""
+    end = chr(256)
+    documents = "|".join(f"{end}{path.read_text()}{end}" for path in corpus[0].glob("*.txt"))
+    segments = 0
+    for batch in take(train_batches(prepared, batch_size=8, seq_len=SEQ, seed=0), 20):
+        for row in zip(*batch, strict=True):
+            tokens, targets, numbers, _, mask = row
+            for number in range(1, numbers.max() + 1):
+                inside = numbers == number
+                read = "".join(map(chr, [tokens[inside][0], *targets[inside & mask]]))
+                assert read in documents, row
+                segments += 1
+    assert segments > 180  # rows with more than one document are among them
 
 
 def test_one_pass_has_every_target_once(prepared):
@@ -250,7 +269,9 @@ def test_weights_of_one_source_do_not_matter(small):
     heavy = dataclasses.replace(small, weight=9.0)
     first = take(train_batches([small], batch_size=4, seq_len=SEQ, seed=0), 5)
     assert same(first, take(train_batches([heavy], batch_size=4, seq_len=SEQ, seed=0), 5))
-    assert pipeline.Records(small)._prepared is small
+    # beside another source they do
+    even = take(train_batches([small, small], batch_size=4, seq_len=SEQ, seed=0), 5)
+    assert not same(even, take(train_batches([small, heavy], batch_size=4, seq_len=SEQ, seed=0), 5))
 
 
 def test_a_single_record(tmp_path):

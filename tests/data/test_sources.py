@@ -16,6 +16,11 @@ from jmoe.data import sources
 from jmoe.data.sources import Document, cache_directory, documents, fingerprint, held_out
 
 
+def texts(source):
+    """(name, whole text) of each document."""
+    return [(document.name, "".join(document.text)) for document in documents(source)]
+
+
 class Tiny(tfds.core.GeneratorBasedBuilder):
     """A TFDS dataset of 30 training and 4 test texts."""
 
@@ -69,20 +74,53 @@ def write_all(folder: Path, order=1) -> None:
 
 def test_files_of_every_kind_in_a_fixed_order(tmp_path):
     write_all(tmp_path)
-    found = list(documents(Files(glob=f"{tmp_path}/**/*.*")))
-    expected = [Document("a.txt", "plain é\r\n")]
-    expected += [Document(f"d.jsonl:{number + 1}", f"line {number}\nü") for number in range(3)]
-    expected += [Document("deep/b.txt.gz", "gz text"), Document("deep/c.txt.zst", "zst text")]
+    expected = [("a.txt", "plain é\r\n")]
+    expected += [(f"d.jsonl:{number + 1}", f"line {number}\nü") for number in range(3)]
+    expected += [("deep/b.txt.gz", "gz text"), ("deep/c.txt.zst", "zst text")]
     for name in ("e.jsonl.gz", "f.jsonl.zst"):
-        expected += [Document(f"{name}:{number + 1}", f"line {number}\nü") for number in range(3)]
-    assert found == expected
+        expected += [(f"{name}:{number + 1}", f"line {number}\nü") for number in range(3)]
+    assert texts(Files(glob=f"{tmp_path}/**/*.*")) == expected
 
 
 def test_byte_order_mark_and_other_text_key(tmp_path):
     (tmp_path / "a.txt").write_bytes(b"\xef\xbb\xbfabc")
     (tmp_path / "b.jsonl").write_bytes(b'\xef\xbb\xbf{"body": "x"}')
-    assert [d.text for d in documents(Files(glob=f"{tmp_path}/a.txt"))] == ["abc"]
-    assert [d.text for d in documents(Files(glob=f"{tmp_path}/*.jsonl", text_key="body"))] == ["x"]
+    assert texts(Files(glob=f"{tmp_path}/a.txt")) == [("a.txt", "abc")]
+    assert texts(Files(glob=f"{tmp_path}/*.jsonl", text_key="body")) == [("b.jsonl:1", "x")]
+
+
+@pytest.mark.parametrize("chunk", [1, 2, 3, 7, 1 << 18])
+def test_a_txt_does_not_depend_on_the_chunks_it_is_read_in(tmp_path, monkeypatch, chunk):
+    text = "\ufeffé日🧑\n" * 100 + "\r\n" + "x" * 60 + "ü" * 60
+    raw = b"\xef\xbb\xbf" + text.encode()  # one byte order mark goes, the next is text
+    (tmp_path / "a.txt").write_bytes(raw)
+    (tmp_path / "b.txt.gz").write_bytes(gzip.compress(raw))
+    (tmp_path / "c.txt.zst").write_bytes(zstandard.ZstdCompressor().compress(raw))
+    (tmp_path / "d.txt").write_bytes(b"")
+    monkeypatch.setattr(sources, "_CHUNK_BYTES", chunk)
+    source = Files(glob=f"{tmp_path}/*")
+    assert [found for _, found in texts(source)] == [text, text, text, ""]
+    expected = list(Document("whole", (text,)).pieces(50, after="\n"))
+    *same, empty = [list(document.pieces(50, after="\n")) for document in documents(source)]
+    assert same == [expected] * 3 and empty == []
+
+
+def test_pieces_are_cut_after_the_last_mark_within_the_size():
+    document = Document("a", ("ab\ncd", "", "\nefghijk\n", "l"))
+    assert list(document.pieces(6, after="\n")) == ["ab\ncd\n", "efghij", "k\nl"]
+    assert list(document.pieces(5, after="\n")) == ["ab\n", "cd\n", "efghi", "jk\nl"]
+    assert list(document.pieces(5)) == ["ab\ncd", "\nefgh", "ijk\nl"]
+    assert list(Document("a", ("abcd",)).pieces(2)) == ["ab", "cd"] and not list(Document("a", ("", "")).pieces(2))
+
+
+def test_bad_utf8_is_placed_within_the_file(tmp_path, monkeypatch):
+    monkeypatch.setattr(sources, "_CHUNK_BYTES", 4)
+    (tmp_path / "a.txt").write_bytes(b"\xef\xbb\xbfabcdefgh\xe6\x97x")
+    with pytest.raises(InputError, match="is not UTF-8: byte 11 cannot"):
+        texts(Files(glob=f"{tmp_path}/a.txt"))
+    (tmp_path / "b.txt").write_bytes(b"abcdef\xe6\x97")  # ends within a character
+    with pytest.raises(InputError, match="is not UTF-8: byte 6 cannot"):
+        texts(Files(glob=f"{tmp_path}/b.txt"))
 
 
 def test_fingerprint_depends_on_names_and_contents_only(tmp_path):
@@ -120,13 +158,17 @@ def test_second_fingerprint_reads_no_file(tmp_path, monkeypatch):
         ("a.txt.gz", b"no gzip", "a.txt.gz cannot be read"),
         ("a.txt.gz", gzip.compress(b"abc" * 100)[:-12], "a.txt.gz cannot be read"),
         ("a.txt.zst", b"no zstd", "a.txt.zst cannot be read"),
-        ("a.txt.zst", zstandard.ZstdCompressor().compress(os.urandom(1000))[:-5], "ends before its end-of-stream"),
+        (
+            "a.txt.zst",
+            zstandard.ZstdCompressor().compress(os.urandom(1000).hex().encode())[:-5],
+            "ends before its end-of-stream",
+        ),
     ],
 )
 def test_broken_files_are_named(tmp_path, name, content, message):
     (tmp_path / name).write_bytes(content)
     with pytest.raises(InputError) as error:
-        list(documents(Files(glob=f"{tmp_path}/*")))
+        texts(Files(glob=f"{tmp_path}/*"))
     assert message in str(error.value) and str(tmp_path) in str(error.value)
     assert "\n" not in str(error.value)
 
@@ -149,14 +191,14 @@ def test_a_large_jsonl_file_is_streamed(tmp_path):
 
 
 def test_embedded_corpus_is_the_standard_library(tmp_path):
-    found = list(documents(Embedded()))
-    names = [document.name for document in found]
+    found = dict(texts(Embedded()))
+    names = list(found)
     assert names == sorted(names) and len(names) > 500
     assert {"argparse.py", "json/decoder.py"} <= set(names)
     assert not any("site-packages" in name or "__pycache__" in name for name in names)
-    assert sum(len(document.text) for document in found) > 10e6
+    assert sum(map(len, found.values())) > 10e6
     library = Path(sysconfig.get_path("stdlib"))
-    assert found[names.index("argparse.py")].text.encode() == (library / "argparse.py").read_bytes()
+    assert found["argparse.py"].encode() == (library / "argparse.py").read_bytes()
     assert fingerprint(Embedded(), tmp_path) == fingerprint(Embedded(weight=2.0), tmp_path / "other")
 
 
@@ -168,16 +210,16 @@ def test_embedded_corpus_leaves_out_what_cannot_be_decoded(tmp_path, monkeypatch
     (tmp_path / "broken.py").write_bytes(b"\xe9")
     (tmp_path / "unknown.py").write_bytes(b"# -*- coding: no-such -*-\n")
     monkeypatch.setattr(sources, "_stdlib", lambda: tmp_path)
-    assert [(d.name, d.text[-1]) for d in documents(Embedded())] == [("good.py", "1"), ("latin.py", "é")]
+    assert [(name, text[-1]) for name, text in texts(Embedded())] == [("good.py", "1"), ("latin.py", "é")]
 
 
 def test_tfds_documents(tiny):
-    found = list(documents(TFDS(name="tiny", data_dir=str(tiny.data_dir_root))))
-    assert sorted(d.text for d in found) == sorted(f"text number {number}: é" for number in range(30))
-    assert [d.name for d in found] == [f"tiny:{index}" for index in range(30)]
+    found = texts(TFDS(name="tiny", data_dir=str(tiny.data_dir_root)))
+    assert sorted(text for _, text in found) == sorted(f"text number {number}: é" for number in range(30))
+    assert [name for name, _ in found] == [f"tiny:{index}" for index in range(30)]
     for name in ("tiny:1.0.0", str(tiny.data_path)):
-        assert found == list(documents(TFDS(name=name, data_dir=str(tiny.data_dir_root))))
-    half = list(documents(TFDS(name="tiny", data_dir=str(tiny.data_dir_root), split="train[:50%]")))
+        assert found == texts(TFDS(name=name, data_dir=str(tiny.data_dir_root)))
+    half = texts(TFDS(name="tiny", data_dir=str(tiny.data_dir_root), split="train[:50%]"))
     assert half == found[:15]
 
 

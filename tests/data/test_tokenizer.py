@@ -180,7 +180,7 @@ def corpus(folder, count=60):
 
 def test_sample_is_a_spread_within_the_budget(tmp_path):
     source = corpus(tmp_path)
-    names = {document.text: document.name for document in sources.documents(source)}
+    names = {"".join(document.text): document.name for document in sources.documents(source)}
     everything = list(sample_texts([source], 0.0, 16.0))
     assert sorted(everything) == sorted(names)
     some = [names[text] for text in sample_texts([source], 0.0, 0.02)]
@@ -188,6 +188,15 @@ def test_sample_is_a_spread_within_the_budget(tmp_path):
     assert min(some) < "020" and max(some) > "040.txt"
     kept = [names[text] for text in sample_texts([source], 0.3, 16.0)]
     assert 0 < len(kept) < 60 and not any(sources.held_out(name, 0.3) for name in kept)
+
+
+def test_sample_takes_parts_of_a_long_document(tmp_path):
+    text = "".join(f"line {number}\n" for number in range(20000))
+    (tmp_path / "a.txt").write_text(text)
+    pieces = [text[start : start + (1 << 16)] for start in range(0, len(text), 1 << 16)]
+    found = list(sample_texts([Files(glob=f"{tmp_path}/a.txt")], 0.0, 16.0))
+    assert len(pieces) == 4 and found != pieces and sorted(found) == sorted(pieces)
+    assert list(sample_texts([Files(glob=f"{tmp_path}/a.txt")], 0.0, 0.14)) == found[-2:]
 
 
 def test_bpe_is_trained_once_on_training_documents(tmp_path, monkeypatch):
@@ -204,7 +213,7 @@ def test_bpe_is_trained_once_on_training_documents(tmp_path, monkeypatch):
     monkeypatch.setattr(tokenizer_module, "train_bpe", spy)
     first, second = load(data), load(data)
     assert first.fingerprint == second.fingerprint and len(trained_on) == 1
-    held_out = [d.text for d in sources.documents(data.sources[0]) if sources.held_out(d.name, 0.3)]
+    held_out = ["".join(d.text) for d in sources.documents(data.sources[0]) if sources.held_out(d.name, 0.3)]
     assert held_out and not set(held_out) & set(trained_on[0])
     (tmp_path / "000.txt").write_text("a change")
     load(data)
