@@ -20,6 +20,6 @@ def config() -> Config:
         ),
         data=Data(tokenizer=BPE(vocab_size=4096), seq_len=256),
         optim=AdamW(learning_rate=2e-3, schedule=Cosine(warmup_steps=30)),
-        steps=1000,
+        steps=900,
         batch_size=8,
     )

@@ -5,9 +5,14 @@ the sorted row of slot s; slot s belongs to token s // K. Since the two undo eac
 is the other one, and nothing is ever scatter-added.
 """
 
+from functools import partial
+
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
+
+# TPUs by default round the factors of a float32 product to bfloat16, here the router's weights.
+_einsum = partial(jnp.einsum, precision=jax.lax.Precision.HIGHEST, preferred_element_type=jnp.float32)
 
 
 @jax.custom_vjp
@@ -64,15 +69,14 @@ def combine(
 
 def _combine_forward(rows, combine_weights, order, inverse, used):
     slots = jnp.where(used[..., None], rows[inverse], 0)
-    # Sums of products of arrays, not matrix products, for which TPUs would round the float32 weights to bfloat16.
-    out = jnp.sum(slots.astype(jnp.float32) * combine_weights[..., None], axis=1)
+    out = _einsum("TKD,TK->TD", slots, combine_weights)
     return out.astype(rows.dtype), (rows, combine_weights, order, inverse, used)
 
 
 def _combine_backward(residuals, d_out):
     rows, combine_weights, order, inverse, used = residuals
     slots = jnp.where(used[..., None], rows[inverse], 0)
-    d_weights = jnp.sum(d_out[:, None].astype(jnp.float32) * slots.astype(jnp.float32), axis=2)
+    d_weights = _einsum("TD,TKD->TK", d_out, slots)
     weight_of_row = jnp.where(used, combine_weights, 0).reshape(-1)[order]
     d_rows = (weight_of_row[:, None] * d_out[order // inverse.shape[1]]).astype(rows.dtype)
     return d_rows, d_weights, None, None, None
