@@ -2,7 +2,7 @@
 
 Command:   python train.py
 Hardware:  2 CPU cores, about 5 minutes
-Expected:  see README.md
+Expected:  validation loss 3.66 nats/token, 1.60 bits/byte (entropy of single tokens 6.10); 3.0 experts per token
 """
 
 from jmoe.config import BPE, AdamW, Config, Cosine, Data, LayerGroup, Model, MoE, Nucleus
