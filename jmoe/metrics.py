@@ -143,9 +143,14 @@ class Progress:
         self._last: tuple[int, float] | None = None
         self._bar = None
         if self._stream.isatty():
-            layout = "{percentage:3.0f}%|{bar}| {n}/{total} [{elapsed}<{postfix}]"
+            layout = "{percentage:3.0f}%|{bar}| {n}/{total} [{elapsed}{postfix}"
             self._bar = tqdm(
-                total=total, initial=initial, file=self._stream, dynamic_ncols=True, bar_format=layout, postfix="?"
+                total=total,
+                initial=initial,
+                file=self._stream,
+                dynamic_ncols=True,
+                bar_format=layout,
+                postfix="compiling]",
             )
 
     def update(self, step: int, metrics: dict[str, Any] | None = None) -> None:
@@ -166,7 +171,7 @@ class Progress:
         if self._bar is None:
             self.write(f"step {step:{len(str(self.total))}}/{self.total}  {figures}  {left:>7} left{skipped}")
         else:
-            self._bar.set_postfix_str(f"{left}] {figures}{skipped}")
+            self._bar.set_postfix_str(f"{left} left]  {figures}{skipped}")
 
     def write(self, line: str) -> None:
         """Prints a line, above the bar if there is one."""

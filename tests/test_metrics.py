@@ -187,7 +187,7 @@ def test_a_bar_on_a_terminal(clock, output):
     stream = output(Terminal())
     run(Progress(300, 0, 1000), clock)
     last = stream.getvalue().replace("\n", "\r").rstrip("\r").split("\r")[-1]
-    assert "20/300" in last and "loss 3.1416" in last and "2,000 tokens/s" in last and "02:20]" in last
+    assert "20/300" in last and "loss 3.1416" in last and "2,000 tokens/s" in last and "02:20 left]" in last
     assert "saved\n" in stream.getvalue()
 
 
