@@ -3,8 +3,8 @@
 from typing import NamedTuple
 
 import jax
-import jax.numpy as jnp
 from flax import nnx
+from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Int, PRNGKeyArray
 
 from jmoe import config
@@ -43,6 +43,6 @@ class Experts(nnx.Module):
         self.up = parameter(normal(up, (E, D, F), model.init_std), "expert", "embed", "expert_mlp")
         self.down = parameter(normal(down, (E, F, D), model.init_std), "expert", "expert_mlp", "embed")
 
-    def weights(self, dtype: jnp.dtype | type) -> ExpertWeights:
+    def weights(self, dtype: DTypeLike) -> ExpertWeights:
         """The matrices in the dtype of the layer's arithmetic."""
         return ExpertWeights(*(w[...].astype(dtype) for w in (self.gate, self.up, self.down)))

@@ -6,6 +6,7 @@ from typing import Literal
 import jax
 import jax.numpy as jnp
 from flax import nnx
+from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Int, PRNGKeyArray
 
 from jmoe import config
@@ -73,7 +74,7 @@ class Transformer(nnx.Module):
         tokens: Int[Array, "B S"],
         place: Place,
         *,
-        dtype: jnp.dtype | type = jnp.float32,
+        dtype: DTypeLike = jnp.float32,
         remat: Remat = "none",
         caches: Caches | None = None,
     ) -> tuple[Float[Array, "B S D"], Stats, Caches | None]:
@@ -129,7 +130,7 @@ def rematerialise(body, remat: Remat):
             return jax.checkpoint(body)
 
 
-def empty_caches(model: config.Model, batch: int, length: int, dtype: jnp.dtype | type = jnp.float32) -> Caches:
+def empty_caches(model: config.Model, batch: int, length: int, dtype: DTypeLike = jnp.float32) -> Caches:
     """Caches for `batch` sequences of at most `length` tokens."""
 
     def empty(repeats):
