@@ -25,6 +25,8 @@ from typing import Any
 import jax
 from orbax.checkpoint import v1 as ocp
 
+from jmoe.run_directory import sync_folder, write_json
+
 MANIFEST = "manifest.json"
 ITEMS = "items.json"
 ORBAX_METADATA = "_CHECKPOINT_METADATA"
@@ -164,8 +166,8 @@ class Checkpoints:
                 raise response
             response.result()
             if jax.process_index() == 0:
-                _write(path / ITEMS, described)
-                _write(path / MANIFEST, _manifest(path))
+                write_json(path / ITEMS, described)
+                write_json(path / MANIFEST, _manifest(path))
         except Exception as error:
             if jax.process_index() == 0:
                 _discard(path)
@@ -316,7 +318,7 @@ def _manifest(path: Path) -> dict[str, Any]:
     """Size and SHA-256 of every file below `path`, each flushed to the disk on the way."""
     names = sorted(str(file.relative_to(path)) for file in path.rglob("*") if file.is_file())
     for folder in {path / parent for name in names for parent in Path(name).parents}:
-        _sync(folder)
+        sync_folder(folder)
     return {"files": {name: [(path / name).stat().st_size, _sha256(path / name, sync=True)] for name in names}}
 
 
@@ -325,25 +327,6 @@ def _sha256(file: Path, *, sync: bool = False) -> str:
         if sync:
             os.fsync(stream.fileno())
         return hashlib.file_digest(stream, "sha256").hexdigest()
-
-
-def _sync(folder: Path) -> None:
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
-
-
-def _write(file: Path, content: Any) -> None:
-    """Writes JSON so that the file is there in full or not at all, whatever happens."""
-    temporary = file.with_suffix(".tmp")
-    with temporary.open("w") as stream:
-        json.dump(content, stream, indent=1)
-        stream.flush()
-        os.fsync(stream.fileno())
-    temporary.replace(file)
-    _sync(file.parent)
 
 
 def _discard(path: Path) -> None:

@@ -85,13 +85,7 @@ class RunDirectory:
 
     def write_config(self, config: dict[str, Any]) -> None:
         """Writes config.json: there in full or, if the process is killed, as it was."""
-        temporary = self.config.with_suffix(".tmp")
-        with temporary.open("w") as stream:
-            json.dump(config, stream, indent=2)
-            stream.write("\n")
-            stream.flush()
-            os.fsync(stream.fileno())
-        temporary.replace(self.config)
+        write_json(self.config, config)
 
     def read_config(self) -> dict[str, Any] | None:
         """What config.json holds, None if there is none. Raises InputError if it is not a JSON object."""
@@ -105,6 +99,27 @@ class RunDirectory:
             raise InputError(f"{self.config} is not JSON: {error}") from error
         require(isinstance(config, dict), f"{self.config} holds {type(config).__name__}; it must hold a JSON object")
         return config
+
+
+def write_json(file: Path, content: Any) -> None:
+    """Writes JSON so that the file is there in full or as it was, whatever happens, and lasts."""
+    temporary = file.with_suffix(".tmp")
+    with temporary.open("w") as stream:
+        json.dump(content, stream, indent=2)
+        stream.write("\n")
+        stream.flush()
+        os.fsync(stream.fileno())
+    temporary.replace(file)
+    sync_folder(file.parent)
+
+
+def sync_folder(folder: Path) -> None:
+    """Flushes to the disk which files a folder holds."""
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
 
 
 def check_resume(old: dict[str, Any], new: dict[str, Any], *, allow_learning_rate: bool = False) -> None:

@@ -218,7 +218,7 @@ def test_the_newest_and_every_mth_are_kept(tmp_path):
 
 def test_the_only_one_kept_goes_when_the_next_is_complete_and_not_before(tmp_path, monkeypatch):
     checkpoints = save_small(tmp_path, 1, keep=1)
-    write, there = module._write, []
+    write, there = module.write_json, []
 
     def watched(file, content):
         if file.name == module.MANIFEST:
@@ -227,7 +227,7 @@ def test_the_only_one_kept_goes_when_the_next_is_complete_and_not_before(tmp_pat
                 raise OSError("no space left")
         write(file, content)
 
-    monkeypatch.setattr(module, "_write", watched)
+    monkeypatch.setattr(module, "write_json", watched)
     checkpoints.save(2, small(2), metadata={})
     with pytest.raises(CheckpointError, match="saving step 2 to .* failed: no space left"):
         checkpoints.wait()
