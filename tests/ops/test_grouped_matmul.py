@@ -1,91 +1,149 @@
-"""One suite for every implementation, against a loop over experts."""
+"""One suite for every implementation, against a loop over groups."""
+
+import contextlib
+import functools
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.experimental.pallas import tpu as pltpu
 
 from jmoe.ops import grouped_matmul as module
-from jmoe.ops.grouped_matmul import grouped_matmul
+from jmoe.ops.grouped_matmul import blocked, grouped_matmul, megablox, ragged_dot
 
-ROWS, D, F = 300, 24, 40
-
-IMPLEMENTATIONS = {
-    "blocked": (module._blocked, module._blocked_weight_gradient),
-    "ragged": (module._ragged, module._ragged_weight_gradient),
-}
-
+# As many groups in every case, so that they share a program.
 GROUP_SIZES = {
-    "even": [100, 100, 100],
+    "even": [60, 60, 60, 60, 60],
     "uneven": [1, 130, 0, 129, 40],
-    "first and last empty": [0, 299, 0],
-    "all rows to one": [0, 300, 0, 0],
-    "one row": [0, 1, 0],
-    "no row": [0, 0, 0],
-    "rows left over": [17, 0, 128, 60],
+    "first and last empty": [0, 200, 0, 99, 0],
+    "at the tiles' edges": [128, 0, 128, 0, 44],
+    "all rows to one": [0, 300, 0, 0, 0],
+    "one row": [0, 0, 0, 1, 0],
+    "no row": [0, 0, 0, 0, 0],
+    "rows left over": [17, 0, 128, 60, 3],
 }
 
 
-@pytest.fixture(params=IMPLEMENTATIONS)
-def implementation(request, monkeypatch):
-    forward, weight_gradient = IMPLEMENTATIONS[request.param]
-    monkeypatch.setattr(module, "_forward", forward)
-    monkeypatch.setattr(module, "_weight_gradient", weight_gradient)
+@pytest.fixture(params=[blocked, megablox, ragged_dot], ids=lambda module: module.__name__.rpartition(".")[2])
+def implementation(request):
+    return request.param
 
 
-def loop(rows, weights, group_sizes):
-    """The definition, in float64 NumPy."""
-    out, start = np.zeros((rows.shape[0], weights.shape[2])), 0
-    for weight, size in zip(np.asarray(weights, np.float64), group_sizes, strict=True):
-        out[start : start + size] = np.asarray(rows[start : start + size], np.float64) @ weight
-        start += size
-    return out
+@functools.cache
+def program(implementation, dtype, rows=300, D=24, widths=(40,), ends=(5,)):
+    """Compiled for the shapes beside it: out, d_rows and d_weights of each bucket of groups, which end at `ends`."""
+    starts = (0, *ends[:-1])
+
+    def run(group_sizes, buckets):
+        results = []
+        for start, (rows, weights, d_out) in zip(starts, buckets, strict=True):
+            out, pullback = jax.vjp(lambda r, w, start=start: grouped_matmul(r, w, group_sizes, start), rows, weights)
+            results.append((out, *pullback(d_out)))
+        return results
+
+    def shape(*axes):
+        return jax.ShapeDtypeStruct(axes, jnp.dtype(dtype))
+
+    buckets = [
+        (shape(rows, D), shape(end - start, D, F), shape(rows, F))
+        for start, end, F in zip(starts, ends, widths, strict=True)
+    ]
+    with pytest.MonkeyPatch.context() as patch, contextlib.ExitStack() as stack:
+        patch.setattr(module, "IMPLEMENTATIONS", {"default": implementation})
+        if implementation is megablox:  # Simulates a TPU's memory, which holds NaN where nothing was written.
+            stack.enter_context(pltpu.force_tpu_interpret_mode())
+        return jax.jit(run).lower(jax.ShapeDtypeStruct(ends[-1:], jnp.int32), buckets).compile(), buckets
 
 
-def loop_gradients(rows, weights, group_sizes, d_out):
-    d_rows, d_weights, start = np.zeros(rows.shape), np.zeros(weights.shape), 0
-    for e, size in enumerate(group_sizes):
+def loop(rows, weights, d_out, sizes, start):
+    """The definition, in float64 NumPy: out, d_rows, d_weights of a bucket whose first row is `start`."""
+    rows, weights, d_out = (np.asarray(array, np.float64) for array in (rows, weights, d_out))
+    out, d_rows, d_weights = np.zeros(d_out.shape), np.zeros(rows.shape), np.zeros(weights.shape)
+    for e, size in enumerate(sizes):
         own = slice(start, start + size)
-        d_rows[own] = np.asarray(d_out[own], np.float64) @ np.asarray(weights[e], np.float64).T
-        d_weights[e] = np.asarray(rows[own], np.float64).T @ np.asarray(d_out[own], np.float64)
+        out[own] = rows[own] @ weights[e]
+        d_rows[own] = d_out[own] @ weights[e].T
+        d_weights[e] = rows[own].T @ d_out[own]
         start += size
-    return d_rows, d_weights
+    return out, d_rows, d_weights
+
+
+def check(run, shapes, sizes):
+    """Compares every result with the loop's. Rows outside a bucket are NaN, which may reach nothing."""
+    rng = np.random.default_rng(0)
+    buckets = jax.tree.map(lambda leaf: rng.normal(size=leaf.shape).astype(leaf.dtype), shapes)
+    expected, rest, start = [], sizes, 0
+    for rows, weights, d_out in buckets:
+        own, rest = rest[: len(weights)], rest[len(weights) :]
+        end = start + sum(own)
+        for array in (rows, d_out):
+            array[:start], array[end:] = np.nan, np.nan
+        expected.append(loop(rows, weights, d_out, own, start))
+        start = end
+    results = run(np.array(sizes, np.int32), buckets)
+    for (rows, *_), got, want in zip(buckets, results, expected, strict=True):
+        for name, value, target in zip(("out", "d_rows", "d_weights"), got, want, strict=True):
+            assert value.dtype == rows.dtype, name
+            tolerance = (1e-5 if rows.dtype == np.float32 else 1e-2) * max(1.0, np.abs(target).max(initial=0))
+            value = np.asarray(value, np.float64)
+            np.testing.assert_allclose(value, target, rtol=0, atol=tolerance, err_msg=name)
+            assert not value[target == 0].any(), f"{name} is not exactly zero where it must be"
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 @pytest.mark.parametrize("sizes", GROUP_SIZES.values(), ids=GROUP_SIZES.keys())
 def test_values_and_gradients_match_the_loop(implementation, sizes, dtype):
-    rng = np.random.default_rng(0)
-    used = sum(sizes)
-    rows = np.asarray(rng.normal(size=(ROWS, D)), jnp.dtype(dtype))
-    weights = np.asarray(rng.normal(size=(len(sizes), D, F)), jnp.dtype(dtype))
-    d_out = np.asarray(rng.normal(size=(ROWS, F)), jnp.dtype(dtype))
-    # What lies past the groups must not be read into any result, nor its gradient.
-    rows[used:], d_out[used:] = np.nan, np.nan
+    check(*program(implementation, dtype), sizes)
 
-    @jax.jit
-    def run(rows, weights, group_sizes, d_out):
-        out, pullback = jax.vjp(lambda r, w: grouped_matmul(r, w, group_sizes), rows, weights)
-        return out, *pullback(d_out)
 
-    out, d_rows, d_weights = run(rows, weights, jnp.array(sizes, jnp.int32), d_out)
-    assert (out.dtype, d_rows.dtype, d_weights.dtype) == (dtype,) * 3
-    expected = (loop(rows, weights, sizes), *loop_gradients(rows, weights, sizes, d_out))
-    tolerance = 1e-5 if dtype == "float32" else 1e-2
-    for name, got, want in zip(("out", "d_rows", "d_weights"), (out, d_rows, d_weights), expected, strict=True):
-        scale = max(1.0, np.abs(want).max())
-        np.testing.assert_allclose(np.asarray(got, np.float64), want, atol=tolerance * scale, err_msg=name)
-    assert not np.asarray(out, np.float32)[used:].any()
-    assert not np.asarray(d_rows, np.float32)[used:].any()
+@pytest.mark.parametrize("sizes", GROUP_SIZES.values(), ids=GROUP_SIZES.keys())
+def test_buckets_of_groups_have_widths_of_their_own(implementation, sizes):
+    """Together they are all groups; rows of other buckets give zeros and take no gradient."""
+    check(*program(implementation, "float32", widths=(8, 40, 24), ends=(1, 4, 5)), sizes)
+
+
+def test_no_rows(implementation):
+    check(*program(implementation, "float32", rows=0), [0] * 5)
+
+
+def test_megablox_with_several_tiles_in_every_direction(monkeypatch):
+    """D and F that no tile divides; the rest of a tile is masked."""
+    monkeypatch.setattr(megablox, "CONTRACTION_BYTES", 4 * 128)
+    monkeypatch.setattr(megablox, "COLUMNS", 128)
+    check(*program(megablox, "float32", D=200, widths=(300,), ends=(4,)), [40, 0, 200, 60])
+
+
+def test_megablox_tiles():
+    def tiles(rows, groups, contraction, columns, dtype="bfloat16"):
+        rows = jax.ShapeDtypeStruct((rows, contraction), jnp.dtype(dtype))
+        return megablox._tiles(rows, jax.ShapeDtypeStruct((groups,), jnp.int32), contraction, columns)
+
+    assert tiles(16384, 8, 1024, 2048) == (512, 1024, 1024)
+    assert tiles(16384, 64, 1536, 100) == (128, 768, 100)
+    assert tiles(16384, 16, 1024, 1025, "float32") == (256, 512, 640)
+    assert tiles(20, 4, 37, 37) == (32, 37, 37)
+
+
+def test_first_group_must_leave_groups_for_the_weights():
+    rows, weights, sizes = jnp.ones((4, 2)), jnp.ones((2, 2, 3)), jnp.array([1, 1, 2])
+    for first_group in (-1, 2):
+        with pytest.raises(ValueError, match=f"weights of 2 groups from group {first_group} on, but there are 3"):
+            grouped_matmul(rows, weights, sizes, first_group)
 
 
 def test_the_platform_of_the_program_chooses():
-    """Lowered for CPU the program holds the blocked loop; lowered for CUDA, from the same host, XLA's ragged dot."""
+    """From one host: for CPU the blocked loop, for TPU a Pallas kernel, elsewhere XLA's ragged dot."""
     shapes = (
         jax.ShapeDtypeStruct((8, 4), jnp.float32),
         jax.ShapeDtypeStruct((2, 4, 4), jnp.float32),
         jax.ShapeDtypeStruct((2,), jnp.int32),
     )
     traced = jax.jit(grouped_matmul).trace(*shapes)
-    assert "while" in traced.lower(lowering_platforms=("cpu",)).as_text()
-    assert "while" not in traced.lower(lowering_platforms=("cuda",)).as_text()
+    cpu, tpu, cuda = (traced.lower(lowering_platforms=(name,)).as_text() for name in ("cpu", "tpu", "cuda"))
+    marks = ("stablehlo.while", "tpu_custom_call", "chlo.ragged_dot")
+    assert [[mark in text for mark in marks] for text in (cpu, tpu, cuda)] == [
+        [True, False, False],
+        [True, True, False],
+        [False, False, True],
+    ]
