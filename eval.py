@@ -18,7 +18,7 @@ from jmoe.config import InputError, require
 from jmoe.data.pipeline import validation_batches
 from jmoe.data.prepare import prepare
 from jmoe.evaluation.perplexity import evaluate
-from jmoe.evaluation.routing_report import routing_table
+from jmoe.evaluation.routing_table import routing_table
 from jmoe.generate import Sampling
 from jmoe.metrics import plain
 from jmoe.run_directory import check_fingerprints, source_fingerprints
@@ -76,7 +76,7 @@ def main(argv: list[str]) -> int:
         seq_len=data.seq_len,
         limit=options.batches,
     )
-    values = evaluate(training.make_eval_step(settings, mesh), run.params, batches, prepared, settings.model, mesh)
+    values = evaluate(training.make_eval_step(settings, mesh), run.params, batches, prepared, settings, mesh)
     print(f"{run_dir}, step {run.step}, {values['tokens']:,} tokens of {options.data or 'the held-out text'}")
     print(f"loss           {values['loss']:.4f} nats/token (unigram entropy {values['unigram_entropy']:.4f})")
     print(f"perplexity     {values['perplexity']:.3f}")

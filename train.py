@@ -18,10 +18,12 @@ from jmoe.data import tokenizer
 from jmoe.data.pipeline import train_batches, validation_batches
 from jmoe.data.prepare import prepare
 from jmoe.evaluation.perplexity import evaluate
-from jmoe.evaluation.routing_report import plot_routing, routing_table
+from jmoe.evaluation.routing_figure import plot_routing
+from jmoe.evaluation.routing_table import routing_table
 from jmoe.language_model import LanguageModel, check_vocabulary
 from jmoe.metrics import RunLog, last_step, last_validation
 from jmoe.run_directory import RunDirectory, check_fingerprints, check_resume, source_fingerprints
+from jmoe.telemetry import describe_model
 
 log = logging.getLogger("jmoe")
 
@@ -87,7 +89,7 @@ def main(argv: list[str]) -> int:
         run.write_config(recipe.to_dict(config))
         text.save(run.tokenizer)
         print(f"run directory {run.path}, {first} of {config.steps} steps taken")
-        print(training.describe_model(config.model))
+        print(describe_model(config.model))
 
         # 3. Train. The device is given a step before the one before it is reported, so that it never waits.
         train_step, eval_step = training.make_train_step(config, mesh), training.make_eval_step(config, mesh)
@@ -105,7 +107,7 @@ def main(argv: list[str]) -> int:
         stop_requested = stack.enter_context(stop_signals())
 
         def report(step, metrics):
-            values = training.describe(config.model, metrics)
+            values = training.describe(config, metrics)
             run_log.train(step, values)
             if values["skipped_in_a_row"] >= config.max_skipped:
                 checkpoints.wait()
@@ -136,7 +138,7 @@ def main(argv: list[str]) -> int:
                     seq_len=config.data.seq_len,
                     limit=limit and limit * config.accumulation,
                 )
-                values = evaluate(eval_step, state.params, held_out, validation_data, config.model, mesh)
+                values = evaluate(eval_step, state.params, held_out, validation_data, config, mesh)
                 run_log.validation(step, values)
                 plot_routing(run.metrics, run.routing)
             if saving:

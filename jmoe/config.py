@@ -26,16 +26,47 @@ def require(condition: bool, message: str) -> None:
 
 @dataclass(frozen=True)
 class TopK:
-    """Every token goes to its k most probable experts; their probabilities, renormalised, weigh the outputs."""
+    """Every token goes to its k experts of the highest score, which weighs their outputs.
+
+    Mixtral is the default: its softmax over the k chosen logits is the softmax over all of them, renormalised. OLMoE
+    is `renormalise=False`, DeepSeek-V3 `score="sigmoid"` with a scale, groups and `bias_rate`.
+    """
 
     k: int = 2
     """experts per token [count]"""
+    score: Literal["softmax", "sigmoid"] = "softmax"
+    """of an expert from its logit: over all experts, or each by itself [name]"""
+    renormalise: bool = True
+    """the scores of a token's experts are divided by their sum [switch]"""
+    scale: float = 1.0
+    """times the combine weights: DeepSeek-V3's routed scaling factor [unitless]"""
+    groups: int = 1
+    """groups of neighbouring experts; a token chooses within its best ones (DeepSeek-V3) [count]"""
+    groups_per_token: int = 1
+    """groups a token chooses within, ranked by the sum of their two highest scores [count]"""
+    bias_rate: float = 0.0
+    """step of the bias that balances the load (arXiv 2408.15664), added to scores for the choice alone; DeepSeek-V3
+    has 1e-3; 0 for no bias [score per optimiser step]"""
 
-    def slots(self, num_experts: int) -> int:
-        """Static number of expert slots per token."""
+    def __post_init__(self):
+        require(self.k >= 1, f"router.k is {self.k}; it must be at least 1")
+        require(self.scale > 0, f"router.scale is {self.scale}; it must be positive")
+        require(self.bias_rate >= 0, f"router.bias_rate is {self.bias_rate}; it must not be negative")
+        require(self.groups >= 1, f"router.groups is {self.groups}; it must be at least 1")
         require(
-            1 <= self.k <= num_experts, f"router.k is {self.k}; it must be between 1 and num_experts = {num_experts}"
+            1 <= self.groups_per_token <= self.groups,
+            f"router.groups_per_token is {self.groups_per_token}; it must be between 1 and groups = {self.groups}",
         )
+
+    def slots(self, num_choices: int) -> int:
+        """K, the static number of slots per token, of `num_choices` experts to choose from."""
+        require(
+            num_choices % self.groups == 0,
+            f"router.groups = {self.groups} does not divide the {num_choices} experts to choose from",
+        )
+        reachable = num_choices // self.groups * self.groups_per_token
+        where = "" if self.groups == 1 else f" in {self.groups_per_token} of {self.groups} groups"
+        require(self.k <= reachable, f"router.k is {self.k}; it must be between 1 and num_experts = {reachable}{where}")
         return self.k
 
 
@@ -44,15 +75,39 @@ class Nucleus:
     """Every token goes to the smallest set of experts whose probabilities sum to more than p (arXiv 2403.07652)."""
 
     p: float = 0.4
-    """threshold on the summed router probability [probability, 0 < p <= 1]"""
+    """threshold on the summed router probability; where it starts if `experts_per_token` is given [probability,
+    0 < p <= 1]"""
+    max_slots: int | None = None
+    """most experts a token gets: the least probable beyond are dropped, and counted; None for as many as p can ask for,
+    so that nothing is dropped [count]"""
+    experts_per_token: float | None = None
+    """budget: p moves so that tokens get this many experts, as a mean over the batch and the repeats of the layer; None
+    for a fixed p [count]"""
+    p_rate: float = 0.05
+    """how fast p moves: share of the deviation undone in a step while probabilities are uniform [per step]"""
 
     def __post_init__(self):
         require(0.0 < self.p <= 1.0, f"router.p is {self.p}; a probability threshold must lie in (0, 1]")
+        require(
+            self.max_slots is None or self.max_slots >= 1, f"router.max_slots is {self.max_slots}; it must be positive"
+        )
+        require(0.0 < self.p_rate <= 1.0, f"router.p_rate is {self.p_rate}; it must lie in (0, 1]")
 
-    def slots(self, num_experts: int) -> int:
-        """Static number of expert slots per token: the n largest of E probabilities sum to at least n/E, so ⌊pE⌋+1
-        always suffice and nothing is ever dropped. The small term keeps 0.29 * 100 = 28.999... from losing a slot."""
-        return min(num_experts, math.floor(self.p * num_experts + 1e-6) + 1)
+    def bound(self, num_choices: int) -> int:
+        """The most experts a token can ask for: the n largest of E probabilities sum to at least n/E, so ⌊pE⌋+1 always
+        suffice; all where p moves. The small term keeps 0.29 * 100 = 28.999... from losing a slot."""
+        p = self.p if self.experts_per_token is None else 1.0
+        return min(num_choices, math.floor(p * num_choices + 1e-6) + 1)
+
+    def slots(self, num_choices: int) -> int:
+        """K, the static number of slots per token, of `num_choices` experts to choose from."""
+        slots = min(self.bound(num_choices), self.max_slots or num_choices)
+        budget = self.experts_per_token
+        require(
+            budget is None or 1.0 <= budget <= slots,
+            f"router.experts_per_token is {budget}; it must lie between 1 and the {slots} slots of a token",
+        )
+        return slots
 
 
 Router = TopK | Nucleus
@@ -69,26 +124,81 @@ class Dense:
         require(self.d_ff >= 1, f"Dense.d_ff is {self.d_ff}; it must be at least 1")
 
 
+# Hidden widths of 8 experts relative to one another (arXiv 2408.10681).
+RELATIVE_WIDTHS = {
+    "equal": (1, 1, 1, 1, 1, 1, 1, 1),
+    "arithmetic": (9, 11, 13, 15, 17, 19, 21, 23),
+    "geometric": (1, 2, 4, 8, 16, 32, 64, 128),
+    "hybrid": (1, 1, 1, 1, 2, 2, 4, 4),
+}
+
+
 @dataclass(frozen=True)
 class MoE:
-    """A mixture of SwiGLU experts."""
+    """A mixture of SwiGLU experts, of equal or different widths."""
 
     num_experts: int = 16
-    """experts in the layer [count]"""
-    d_ff: int = 128
-    """hidden width of each expert [features]"""
+    """routed experts in the layer [count]"""
+    d_ff: int | tuple[int, ...] = 128
+    """hidden width of each expert: one for all (the mean, if `widths` are not equal), or a list from narrow to wide
+    [features]"""
     router: Router = Nucleus()
     """how tokens choose experts"""
+    widths: Literal["equal", "arithmetic", "geometric", "hybrid"] = "equal"
+    """how the widths differ at the same total, in the proportions of HMoE (arXiv 2408.10681) [name]"""
+    identity_experts: int = 0
+    """further choices of the router that return the token itself and cost nothing (MoE++, LongCat) [count]"""
+    shared_d_ff: int = 0
+    """hidden width of the shared expert, which every token passes besides; 0 for none [features]"""
+    shared_gate: bool = False
+    """the shared expert is weighed by the sigmoid of a linear map of the token (Qwen2-MoE) [switch]"""
 
     def __post_init__(self):
         require(self.num_experts >= 1, f"MoE.num_experts is {self.num_experts}; it must be at least 1")
-        require(self.d_ff >= 1, f"MoE.d_ff is {self.d_ff}; it must be at least 1")
-        self.router.slots(self.num_experts)
+        for name in ("identity_experts", "shared_d_ff"):
+            value = getattr(self, name)
+            require(value >= 0, f"MoE.{name} is {value}; it must not be negative")
+        require(self.shared_d_ff > 0 or not self.shared_gate, "MoE.shared_gate needs a shared expert: set shared_d_ff")
+        if isinstance(self.d_ff, int):
+            require(self.d_ff >= 1, f"MoE.d_ff is {self.d_ff}; it must be at least 1")
+            require(
+                self.widths == "equal" or self.num_experts % 8 == 0,
+                f"MoE.widths = {self.widths} is for a multiple of 8 experts, not {self.num_experts}; list them as d_ff",
+            )
+        else:
+            require(
+                len(self.d_ff) == self.num_experts,
+                f"MoE.d_ff lists {len(self.d_ff)} widths; it must be one for each of num_experts = {self.num_experts}",
+            )
+            require(self.widths == "equal", f"MoE.widths = {self.widths} needs the mean width as d_ff, not a list")
+            require(list(self.d_ff) == sorted(self.d_ff), f"MoE.d_ff = {self.d_ff} must run from narrow to wide")
+        require(
+            min(self.expert_widths) >= 1,
+            f"MoE.d_ff = {self.d_ff} leaves an expert of width {min(self.expert_widths)}; it must be at least 1",
+        )
+        self.router.slots(self.num_choices)
+
+    @property
+    def num_choices(self) -> int:
+        """What the router chooses from: routed experts, then identity experts."""
+        return self.num_experts + self.identity_experts
 
     @property
     def slots(self) -> int:
-        """K, the static number of expert slots per token."""
-        return self.router.slots(self.num_experts)
+        """K, the static number of slots per token."""
+        return self.router.slots(self.num_choices)
+
+    @property
+    def expert_widths(self) -> tuple[int, ...]:
+        """Hidden width of each routed expert, from narrow to wide. Proportions are rounded so that the total holds."""
+        if not isinstance(self.d_ff, int):
+            return self.d_ff
+        if self.widths == "equal":
+            return (self.d_ff,) * self.num_experts
+        relative, total = RELATIVE_WIDTHS[self.widths], 8 * self.d_ff
+        ends = [total * sum(relative[: e + 1]) // sum(relative) for e in range(8)]
+        widths = sorted(end - start for start, end in zip([0, *ends], ends, strict=False))
+        return tuple(width for width in widths for _ in range(self.num_experts // 8))
 
 
 FeedForward = Dense | MoE
@@ -352,15 +462,21 @@ class Loss:
     z_loss: float = 1e-4
     """squared log-partition of the vocabulary softmax, mean over tokens [coefficient]"""
     load_balance_loss: float = 1e-2
-    """E * sum(share of assignments * mean probability), mean over MoE layers [coefficient]"""
+    """E * sum(share of assignments * mean probability) over the global batch, mean over MoE layers [coefficient]"""
+    sequence_balance_loss: float = 0.0
+    """the same within each sequence, mean over tokens and MoE layers (DeepSeek-V3) [coefficient]"""
+    router_z_loss: float = 0.0
+    """squared log-partition of the router's logits, mean over tokens and MoE layers (ST-MoE) [coefficient]"""
     dynamic_loss: float = 1e-4
     """entropy of the router's probabilities, mean over tokens and MoE layers (arXiv 2403.07652) [coefficient]"""
+    parameter_penalty: float = 0.0
+    """load_balance_loss with each expert's share times its width over the mean width (arXiv 2408.10681)
+    [coefficient]"""
     chunk_tokens: int = 4096
     """logits are held for this many tokens at a time [tokens]"""
 
     def __post_init__(self):
-        for name in ("z_loss", "load_balance_loss", "dynamic_loss"):
-            value = getattr(self, name)
+        for name, value in dataclasses.asdict(self).items():
             require(value >= 0, f"loss.{name} is {value}; it must not be negative")
         require(self.chunk_tokens >= 1, f"loss.chunk_tokens is {self.chunk_tokens}; it must be at least 1")
 

@@ -42,8 +42,7 @@ def decode(value: Any, hint: Any, place: str = "") -> Any:
     if kinds:
         require(isinstance(value, dict), f"{place or 'config'} is {value!r}; it must be {_one_of(kinds)}")
         return _decode_fields(value, kinds, place)
-    if typing.get_origin(hint) is tuple:
-        require(isinstance(value, list), f"{place} is {value!r}; it must be a list")
+    if isinstance(value, list) and item_of(hint) is not None:
         return tuple(decode(v, item_of(hint), join(place, i)) for i, v in enumerate(value))
     if typing.get_origin(hint) is Literal:
         choices = typing.get_args(hint)
@@ -52,8 +51,8 @@ def decode(value: Any, hint: Any, place: str = "") -> Any:
     members = members_of(hint)
     if float in members and type(value) is int:
         value = float(value) if abs(value) <= sys.float_info.max else math.inf
-    of_type = any(type(value) is m if m in (int, bool) else isinstance(value, m) for m in members)
-    require(of_type, f"{place} is {value!r}; it must be {_one_of(_NAMES[m] for m in members)}")
+    of_type = any(type(value) is m if m in (int, bool) else isinstance(value, m) for m in members if m in _NAMES)
+    require(of_type, f"{place} is {value!r}; it must be {_one_of(_NAMES.get(m, 'a list') for m in members)}")
     require(not isinstance(value, float) or math.isfinite(value), f"{place} is {value}; it must be finite")
     return value
 
@@ -89,8 +88,8 @@ def kinds_of(hint: Any) -> dict[str, type]:
 
 
 def item_of(hint: Any) -> Any:
-    """X of `tuple[X, ...]`."""
-    return (typing.get_args(hint) or (None,))[0]
+    """X of `tuple[X, ...]`, which may be a member of a union; None if there is none."""
+    return next((typing.get_args(m)[0] for m in members_of(hint) if typing.get_origin(m) is tuple), None)
 
 
 def join(place: str, part: str | int) -> str:

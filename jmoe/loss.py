@@ -2,15 +2,15 @@
 
 from typing import Any, NamedTuple
 
-import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Bool, Float, Int
+from jaxtyping import Array
 
 from jmoe import config
 from jmoe.batch import Batch
 from jmoe.model import balance
 from jmoe.model.attention import Place
 from jmoe.model.transformer import Stats, Transformer
+from jmoe.ops.cross_entropy import cross_entropy
 
 
 class Sums(NamedTuple):
@@ -41,48 +41,6 @@ def totals(batch: Batch) -> Totals:
     )
 
 
-def cross_entropy(
-    hidden: Float[Array, "B S D"],
-    head: Float[Array, "D V"],
-    targets: Int[Array, "B S"],
-    mask: Bool[Array, "B S"],
-    chunk_tokens: int,
-) -> tuple[Float[Array, ""], Float[Array, ""]]:
-    """Summed cross-entropy and squared log-partition, float32, with logits for about `chunk_tokens` tokens at a time.
-
-    The chunks run along the sequence, so that a sharded batch stays sharded. The backward pass computes a chunk's
-    logits again instead of keeping them.
-
-    Returns:
-      Σ −log softmax(hidden · head)[target] over masked tokens, and Σ (log Σ_v exp logits)² over the same.
-    """
-    B, S, _ = hidden.shape
-    length = max(1, min(S, chunk_tokens // B))
-    chunks = -(-S // length)
-    head = head.astype(hidden.dtype)
-
-    def split(x):
-        x = jnp.pad(x, ((0, 0), (0, chunks * length - S)) + ((0, 0),) * (x.ndim - 2))
-        return x.reshape(B, chunks, length, *x.shape[2:]).swapaxes(0, 1)
-
-    @jax.checkpoint
-    def chunk_sums(hidden, targets, mask):
-        logits = jnp.einsum("BSD,DV->BSV", hidden, head, preferred_element_type=jnp.float32)
-        log_partition = jax.nn.logsumexp(logits, axis=-1)
-        target_logits = jnp.take_along_axis(logits, targets[..., None], axis=-1)[..., 0]
-        return (
-            jnp.sum(log_partition - target_logits, where=mask),
-            jnp.sum(log_partition**2, where=mask),
-        )
-
-    def body(sums, chunk):
-        return jax.tree.map(jnp.add, sums, chunk_sums(*chunk)), None
-
-    zero = jnp.zeros((), jnp.float32)
-    sums, _ = jax.lax.scan(body, (zero, zero), (split(hidden), split(targets), split(mask)))
-    return sums
-
-
 def hidden_states(params: Transformer, batch: Batch, settings: config.Config) -> tuple[Array, Stats]:
     """Hidden states [B, S, D] and router statistics of a (micro-)batch."""
     place = Place(batch.segment_ids, batch.positions, batch.segment_ids, batch.positions)
@@ -99,37 +57,30 @@ def forward(params: Transformer, batch: Batch, settings: config.Config) -> Sums:
     return Sums(nll, z_squared, stats)
 
 
-def loss_terms(sums: Sums, counts: Stats, total: Totals, coefficients: config.Loss) -> tuple[Array, dict[str, Any]]:
+def loss_terms(sums: Sums, counts: Stats, total: Totals, settings: config.Config) -> tuple[Array, dict[str, Any]]:
     """The loss and its terms.
 
     Args:
       sums: of a batch or of one of its micro-batches; the loss is linear in them, given `counts` and `total`.
       counts: router statistics of the whole global batch, of which only the assignment counts are used.
       total: of the whole global batch.
-      coefficients: of the terms.
+      settings: the architecture, and the coefficients of the terms.
 
     Returns:
       The loss, and each term before its coefficient by name; router terms are means over the MoE layers.
     """
     layers = [
-        (own, whole.tokens_per_expert)
-        for own_group, group in zip(sums.stats, counts, strict=True)
-        for own, whole in zip(own_group, group, strict=True)
-        if own is not None and whole is not None
+        (own, whole.tokens_per_expert, layer.expert_widths + (0,) * layer.identity_experts, group.repeats)
+        for group, own_group, whole_group in zip(settings.model.layers, sums.stats, counts, strict=True)
+        for layer, own, whole in zip(group.pattern, own_group, whole_group, strict=True)
+        if isinstance(layer, config.MoE) and own is not None and whole is not None
     ]
-    num_layers = max(1, sum(own.entropy.size for own, _ in layers))
-    zero = jnp.zeros((), jnp.float32)
-    terms = {
-        "cross_entropy": sums.cross_entropy / total.targets,
-        "z_loss": sums.z_squared / total.targets,
-        "load_balance_loss": sum((balance.load_balance_loss(own, whole, total.tokens) for own, whole in layers), zero)
-        / num_layers,
-        "dynamic_loss": sum((balance.dynamic_loss(own, total.tokens) for own, _ in layers), zero) / num_layers,
-    }
-    loss = (
-        terms["cross_entropy"]
-        + coefficients.z_loss * terms["z_loss"]
-        + coefficients.load_balance_loss * terms["load_balance_loss"]
-        + coefficients.dynamic_loss * terms["dynamic_loss"]
-    )
-    return loss, terms
+    terms = {"cross_entropy": sums.cross_entropy / total.targets, "z_loss": sums.z_squared / total.targets}
+    terms |= dict.fromkeys(balance.TERMS, jnp.zeros((), jnp.float32))
+    num_layers = max(1, sum(repeats for *_, repeats in layers))
+    for own, tokens_per_expert, widths, _ in layers:
+        of_layer = balance.terms(own, tokens_per_expert, total.tokens, widths)
+        for name, term in zip(balance.TERMS, of_layer, strict=True):
+            terms[name] += term / num_layers
+    weighted = (getattr(settings.loss, name) * term for name, term in terms.items() if name != "cross_entropy")
+    return sum(weighted, terms["cross_entropy"]), terms

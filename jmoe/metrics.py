@@ -91,37 +91,52 @@ class TensorBoard:
         self._writer = SummaryWriter(str(directory), purge_step=step + 1)
 
     def write(self, record: dict[str, Any]) -> None:
-        """Writes every number of `record`, values by layer as one tag a layer: `experts_per_token/layer_3`.
+        """Writes every finite number of `record`, values by layer as one tag a layer: `experts_per_token/layer_3`.
 
-        Shares per expert become `load_max_over_mean/layer_3`. Tags of another split than "train" start with its name.
+        A layer's list of shares becomes a histogram over its indices 0, 1, .... Tags of another split than "train"
+        start with its name.
         """
         split = record.get("split", "train")
         prefix = "" if split == "train" else f"{split}/"
-        for tag, value in _scalars(record).items():
-            if math.isfinite(value):
-                self._writer.add_scalar(prefix + tag, value, record["step"])
+        for tag, value in _by_tag(record).items():
+            if value is None or isinstance(value, str) or not np.isfinite(value).all():
+                continue
+            if isinstance(value, list):
+                self._histogram(prefix + tag, np.array(value), record["step"])
+            else:
+                self._writer.add_scalar(prefix + tag, float(value), record["step"])
         self._writer.flush()
+
+    def _histogram(self, tag: str, shares: np.ndarray, step: int) -> None:
+        index = np.arange(len(shares))
+        self._writer.add_histogram_raw(
+            tag,
+            min=-0.5,
+            max=len(shares) - 0.5,
+            num=1,
+            sum=float(shares @ index),
+            sum_squares=float(shares @ index**2),
+            bucket_limits=(index + 0.5).tolist(),
+            bucket_counts=shares.tolist(),
+            global_step=step,
+        )
 
     def close(self) -> None:
         self._writer.close()
 
 
-def _scalars(record: dict[str, Any]) -> dict[str, float]:
-    """The numbers in a record by TensorBoard tag."""
-    layers = record.get("moe_layers")
-    scalars = {}
+def _by_tag(record: dict[str, Any]) -> dict[str, Any]:
+    """The values in a record by TensorBoard tag."""
+    tagged = {}
     for name, value in record.items():
-        if name in ("step", "split", "moe_layers") or isinstance(value, str):
+        if name in ("step", "split", "moe_layers"):
             continue
         if isinstance(value, list):
-            tag = name.removesuffix("_by_layer")
-            if any(isinstance(item, list) for item in value):
-                tag, value = f"{tag}_max_over_mean", [max(item) / np.mean(item) for item in value]
-            for index, item in zip(layers or range(len(value)), value, strict=True):
-                scalars[f"{tag}/layer_{index}"] = float(item)
+            for index, item in zip(record["moe_layers"], value, strict=True):
+                tagged[f"{name.removesuffix('_by_layer')}/layer_{index}"] = item
         else:
-            scalars[name] = float(value)
-    return scalars
+            tagged[name] = value
+    return tagged
 
 
 class Progress:
@@ -154,8 +169,8 @@ class Progress:
             )
 
     def update(self, step: int, metrics: dict[str, Any] | None = None) -> None:
-        """Tells that `step` is done; with `metrics` (loss, learning_rate, experts_per_token, skipped) it is a logged
-        step."""
+        """Tells that `step` is done; with `metrics` (loss, learning_rate, experts_per_token, dropped_per_token,
+        skipped) it is a logged step."""
         now = time.perf_counter()
         if self._last is None:
             self._last = step, now
@@ -196,6 +211,8 @@ class Progress:
             parts.append(f"lr {metrics['learning_rate']:.2e}")
         if "experts_per_token" in metrics:
             parts.append(f"{metrics['experts_per_token']:5.2f} experts/token")
+        if metrics.get("dropped_per_token"):
+            parts.append(f"{metrics['dropped_per_token']:.2g} dropped/token")
         speed = f"{self.tokens_per_second:,.0f}" if self.tokens_per_second else "-"
         return "  ".join([*parts, f"{speed:>9} tokens/s"])
 

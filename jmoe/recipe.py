@@ -229,7 +229,7 @@ def _read(text: str, hint: Any, place: str) -> Any:
         return text
     if bool in members:
         return {"true": True, "false": False}.get(text.lower(), text)
-    if int in members or float in members:
+    if (int in members or float in members) and not (text.startswith("[") and item_of(hint)):
         try:
             return int(text) if int in members else float(text)
         except ValueError:
@@ -287,9 +287,8 @@ def _meanings(cls: type) -> dict[str, str]:
 
 def _type_name(hint: Any) -> str:
     """A type as the help writes it."""
-    if typing.get_origin(hint) is tuple:
-        return f"[{_type_name(item_of(hint))}, ...]"
     choices = kinds_of(hint) or (typing.get_args(hint) if typing.get_origin(hint) is Literal else ())
     if choices:
         return "{" + ",".join(choices) + "}" if len(choices) > 1 else "".join(choices)
-    return "|".join("None" if member is types.NoneType else member.__name__.upper() for member in members_of(hint))
+    scalars = ["None" if m is types.NoneType else m.__name__.upper() for m in members_of(hint) if not item_of(m)]
+    return "|".join(scalars + ([f"[{_type_name(item_of(hint))}, ...]"] if item_of(hint) else []))

@@ -6,7 +6,7 @@ runs/NAME/
     tensorboard/    the same as events
     tokenizer.json  turns the run's tokens into text
     checkpoints/    see jmoe.checkpoint
-    routing.png     see jmoe.evaluation.routing_report
+    routing.png     see jmoe.evaluation.routing_figure
     lock            held by the process that trains
 """
 

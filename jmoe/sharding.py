@@ -28,6 +28,7 @@ TABLE: Mapping[str, tuple[str, ...]] = {
     "head_dim": (),
     "mlp": ("tensor",),
     "expert": ("expert",),
+    "router": (),
     "expert_mlp": ("tensor",),
     "layers": (),
 }

@@ -13,8 +13,9 @@ from jaxtyping import Array
 from jmoe import config, optim
 from jmoe.batch import Batch
 from jmoe.loss import Sums, Totals, forward, hidden_states, loss_terms, totals
-from jmoe.model.transformer import Stats, Transformer, by_layer
-from jmoe.sharding import batch_sharding, is_variable, logical_axes, tree_shardings
+from jmoe.model.transformer import RouterStates, Stats, Transformer, router_states, update_routers
+from jmoe.sharding import batch_sharding, tree_shardings
+from jmoe.telemetry import describe_routing
 
 
 class TrainState(NamedTuple):
@@ -40,6 +41,8 @@ class Metrics(NamedTuple):
     scalars: dict[str, Array]
     stats: Stats
     total: Totals
+    routers: RouterStates
+    """state of the routers that routed the batch."""
 
 
 def init_state(settings: config.Config) -> TrainState:
@@ -75,15 +78,15 @@ def put_batch(batch: Batch, mesh: jax.sharding.Mesh) -> Batch:
 def gradients(params: Transformer, batch: Batch, settings: config.Config) -> tuple[Any, Array, Metrics]:
     """Gradient and value of the loss over a global batch, in `settings.accumulation` micro-batches.
 
-    The load-balance loss needs the assignment counts of the whole batch before the first gradient, so with it
-    accumulation runs the layers once more, forward only, to count. That makes the result independent of the number of
-    micro-batches.
+    The load-balance loss and the parameter penalty need the assignment counts of the whole batch before the first
+    gradient, so with them accumulation runs the layers once more, forward only, to count. That makes the result
+    independent of the number of micro-batches.
     """
     total = totals(batch)
 
     def objective(params, micro_batch, counts):
         sums = forward(params, micro_batch, settings)
-        return loss_terms(sums, sums.stats if counts is None else counts, total, settings.loss)[0], sums
+        return loss_terms(sums, sums.stats if counts is None else counts, total, settings)[0], sums
 
     gradient = jax.grad(objective, has_aux=True)
     if settings.accumulation == 1:
@@ -91,11 +94,11 @@ def gradients(params: Transformer, batch: Batch, settings: config.Config) -> tup
     else:
         micro_batches = jax.tree.map(partial(split_rows, parts=settings.accumulation), batch)
         counts = None
-        if settings.loss.load_balance_loss:
+        if settings.loss.load_balance_loss or settings.loss.parameter_penalty:
             counts = scan_sum(lambda micro_batch: hidden_states(params, micro_batch, settings)[1], micro_batches)
         grads, sums = scan_sum(lambda micro_batch: gradient(params, micro_batch, counts), micro_batches)
-    loss, terms = loss_terms(sums, sums.stats, total, settings.loss)
-    return grads, loss, Metrics({"loss": loss, **terms}, sums.stats, total)
+    loss, terms = loss_terms(sums, sums.stats, total, settings)
+    return grads, loss, Metrics({"loss": loss, **terms}, sums.stats, total, router_states(params))
 
 
 def split_rows(x: Array, parts: int) -> Array:
@@ -122,7 +125,8 @@ def train_step(state: TrainState, batch: Batch, settings: config.Config) -> tupl
 
     def update():
         direction, opt_state = optim.transformation(settings.optim).update(grads, state.opt_state, old)
-        return optax.apply_updates(old, optax.tree.scale(-learning_rate, direction)), opt_state
+        new: Any = optax.apply_updates(old, optax.tree.scale(-learning_rate, direction))
+        return update_routers(new, settings.model, metrics.stats, metrics.total.tokens), opt_state
 
     params, opt_state = jax.lax.cond(finite, update, lambda: (state.params, state.opt_state))
     skipped_total = state.skipped_total + ~finite
@@ -177,43 +181,11 @@ def make_eval_step(settings: config.Config, mesh: jax.sharding.Mesh) -> OnMesh:
     return OnMesh(jax.jit(eval_step), mesh)
 
 
-def describe_routing(model: config.Model, stats: Stats, tokens: float) -> dict[str, Any]:
-    """Router statistics as plain values, a list entry per MoE layer; empty for a model without MoE layers.
-
-    Args:
-      model: the architecture.
-      stats: sums over `tokens` valid tokens.
-
-    Returns:
-      experts_per_token (mean over MoE layers), experts_per_token_by_layer, load_by_layer (shares of the assignments
-      that sum to 1), router_entropy_by_layer (nats), moe_layers (their indices).
-    """
-    layers = by_layer(model, jax.tree.map(np.asarray, stats))
-    if not layers:
-        return {}
-    counts = [layer.tokens_per_expert for _, layer in layers]
-    per_token = [float(c.sum() / tokens) for c in counts]
-    return {
-        "experts_per_token": float(np.mean(per_token)),
-        "experts_per_token_by_layer": per_token,
-        "load_by_layer": [(c / max(c.sum(), 1.0)).tolist() for c in counts],
-        "router_entropy_by_layer": [float(layer.entropy / tokens) for _, layer in layers],
-        "moe_layers": [index for index, _ in layers],
-    }
-
-
-def describe(model: config.Model, metrics: Metrics) -> dict[str, Any]:
-    """A step's metrics as plain values. Waits for the step to end."""
-    scalars = {name: np.asarray(value).item() for name, value in metrics.scalars.items()}
-    return scalars | describe_routing(model, metrics.stats, float(metrics.total.tokens))
-
-
-def describe_model(model: config.Model) -> str:
-    """A line on the architecture: layers and parameters, of which those of MoE experts apart."""
-    shapes = jax.eval_shape(partial(Transformer, model), jax.random.key(0))
-    total = sum(leaf.size for leaf in jax.tree.leaves(shapes))
-    experts = sum(v.size for v in jax.tree.leaves(shapes, is_leaf=is_variable) if "expert_mlp" in logical_axes(v))
-    return f"model: {model.num_layers} layers, {total:,} parameters, {experts:,} of them in experts"
+def describe(settings: config.Config, metrics: Metrics) -> dict[str, Any]:
+    """A step's metrics as plain values, the router's by `describe_routing`. Waits for the step to end."""
+    tokens = float(metrics.total.tokens)
+    routing = describe_routing(settings.model, settings.data.seq_len, metrics.stats, tokens, metrics.routers)
+    return {name: np.asarray(value)[()] for name, value in metrics.scalars.items()} | routing
 
 
 def checkpoint_items(state: TrainState, fingerprints: dict[str, str]) -> dict[str, Any]:

@@ -30,11 +30,28 @@ from jmoe.config import (
     [
         (lambda: MoE(num_experts=4, router=TopK(5)), "router.k is 5.*num_experts = 4"),
         (lambda: MoE(router=TopK(0)), "router.k is 0"),
+        (lambda: TopK(scale=0.0), "router.scale is 0.0"),
+        (lambda: TopK(bias_rate=-1.0), "router.bias_rate is -1.0"),
+        (lambda: TopK(groups=2, groups_per_token=3), "groups_per_token is 3.*groups = 2"),
+        (lambda: MoE(6, router=TopK(groups=4)), "groups = 4 does not divide the 6 experts"),
+        (lambda: MoE(8, router=TopK(3, groups=4)), "router.k is 3.*between 1 and num_experts = 2 in 1 of 4 groups"),
+        (lambda: Nucleus(max_slots=0), "max_slots is 0"),
+        (lambda: Nucleus(p_rate=0.0), "p_rate is 0.0"),
+        (lambda: MoE(8, router=Nucleus(experts_per_token=9.0)), "experts_per_token is 9.0.*between 1 and the 8 slots"),
+        (lambda: MoE(8, router=Nucleus(max_slots=2, experts_per_token=3.0)), "between 1 and the 2 slots"),
         (lambda: Nucleus(0.0), r"router.p is 0.0.*\(0, 1\]"),
         (lambda: Nucleus(1.01), "router.p is 1.01"),
         (lambda: Nucleus(float("nan")), "router.p is nan"),
         (lambda: Dense(0), "d_ff is 0"),
         (lambda: MoE(num_experts=0), "num_experts is 0"),
+        (lambda: MoE(2, (3, 4, 5)), "d_ff lists 3 widths.*num_experts = 2"),
+        (lambda: MoE(2, (4, 3)), "from narrow to wide"),
+        (lambda: MoE(2, (0, 3)), "an expert of width 0"),
+        (lambda: MoE(12, widths="hybrid"), "widths = hybrid is for a multiple of 8 experts, not 12"),
+        (lambda: MoE(8, (4,) * 8, widths="hybrid"), "needs the mean width as d_ff"),
+        (lambda: MoE(8, 2, widths="geometric"), "an expert of width 0"),
+        (lambda: MoE(shared_gate=True), "shared_gate needs a shared expert"),
+        (lambda: MoE(identity_experts=-1), "identity_experts is -1"),
         (lambda: LayerGroup(()), "pattern is empty"),
         (lambda: LayerGroup(repeats=0), "repeats is 0"),
         (lambda: Model(num_heads=6, num_kv_heads=4), "num_heads = 6 is not divisible by model.num_kv_heads = 4"),
@@ -79,3 +96,18 @@ def test_nucleus_slots_are_the_most_that_can_be_needed(experts, p, slots):
 
 def test_layers_are_counted_over_pattern_and_repeats():
     assert Model(layers=(LayerGroup((Dense(),)), LayerGroup((MoE(), Dense()), 3))).num_layers == 7
+
+
+@pytest.mark.parametrize(
+    ("experts", "d_ff", "preset", "widths"),
+    [
+        (8, 64, "arithmetic", (36, 44, 52, 60, 68, 76, 84, 92)),
+        (8, 32, "hybrid", (16, 16, 16, 16, 32, 32, 64, 64)),
+        (16, 2, "hybrid", (1, 1, 1, 1, 1, 1, 1, 1, 2, 2, 2, 2, 4, 4, 4, 4)),
+        (8, 100, "geometric", (3, 6, 12, 26, 50, 100, 201, 402)),  # 800 / 255 is no whole number
+    ],
+)
+def test_presets_keep_their_proportions_and_the_total(experts, d_ff, preset, widths):
+    moe = MoE(experts, d_ff, widths=preset)
+    assert sorted(moe.expert_widths) == list(moe.expert_widths) and sum(moe.expert_widths) == experts * d_ff
+    assert moe.expert_widths == widths

@@ -34,7 +34,7 @@ DRAWS = 20_000
 
 @pytest.fixture(scope="module")
 def params():
-    return jax.jit(partial(Transformer, MODEL))(jax.random.key(0))
+    return jax.jit(partial(Transformer, MODEL))(jax.random.key(1))
 
 
 def prompt(length: int) -> np.ndarray:

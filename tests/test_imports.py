@@ -7,10 +7,10 @@ import pytest
 
 ROOT = Path(__file__).parents[1]
 LEVELS = [
-    "ops config batch json_form recipe",
+    "ops config flops batch json_form recipe",
     "sharding run_directory data",
     "model metrics",
-    "loss optim",
+    "loss optim telemetry",
     "training",
     "checkpoint evaluation convert generate aot",
     "language_model __init__",

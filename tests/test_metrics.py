@@ -109,19 +109,27 @@ def events(directory) -> list[Event]:
 
 def test_tensorboard_tags_and_purge(tmp_path):
     board = TensorBoard(tmp_path, 7)
-    routing = {"experts_per_token_by_layer": [2.0, 3.0], "load_by_layer": [[0.5, 0.5], [0.75, 0.25]]}
-    board.write({"step": 8, "split": "train", "loss": 1.5, "z": float("nan"), **routing, "moe_layers": [1, 3]})
+    by_layer = {"a_by_layer": [2.0, np.float32(3.0)], "p_by_layer": [None, 0.5], "z_by_layer": [1.0, np.float32("inf")]}
+    record = {"step": 8, "split": "train", "loss": 1.5, "z": float("nan"), "moe_layers": [1, 3]}
+    board.write(record | by_layer | {"load_by_layer": [[0.5, 0.5], [0.25, 0.5, 0.25]]})
     board.write({"step": 8, "split": "validation", "loss": 2.5})
     board.close()
-    found = {value.tag: (event.step, value.simple_value) for event in events(tmp_path) for value in event.summary.value}
-    assert found == {
+    values = [(event.step, value) for event in events(tmp_path) for value in event.summary.value]
+    scalars = {value.tag: (step, value.simple_value) for step, value in values if not value.HasField("histo")}
+    assert scalars == {
         "loss": (8, 1.5),
-        "experts_per_token/layer_1": (8, 2.0),
-        "experts_per_token/layer_3": (8, 3.0),
-        "load_max_over_mean/layer_1": (8, 1.0),
-        "load_max_over_mean/layer_3": (8, 1.5),
+        "a/layer_1": (8, 2.0),
+        "a/layer_3": (8, 3.0),
+        "p/layer_3": (8, 0.5),
+        "z/layer_1": (8, 1.0),
         "validation/loss": (8, 2.5),
     }
+    histograms = {value.tag: (step, value.histo) for step, value in values if value.HasField("histo")}
+    assert set(histograms) == {"load/layer_1", "load/layer_3"}
+    step, histogram = histograms["load/layer_3"]
+    assert step == 8 and list(histogram.bucket_limit) == [0.5, 1.5, 2.5] and list(histogram.bucket) == [0.25, 0.5, 0.25]
+    assert (histogram.min, histogram.max, histogram.num) == (-0.5, 2.5, 1)
+    assert (histogram.sum, histogram.sum_squares) == (1.0, 1.5)
     starts = [event.step for event in events(tmp_path) if event.session_log.status == 1]
     assert starts == [8]
 
@@ -203,6 +211,16 @@ def test_a_skipped_step_says_so(clock, output, stream):
     progress.close()
     assert "loss nan " in text[:at] and "  skipped: gradients not finite" in text[:at]
     assert "loss 1.0000 " in text[at:] and "skipped" not in text[at:]
+
+
+def test_drops_are_told_where_there_are_some(clock, output):
+    stream = output(io.StringIO())
+    progress = Progress(40, 20, 10)
+    progress.update(21, METRICS | {"dropped_per_token": 0.0})
+    clock.now += 1.0
+    progress.update(22, METRICS | {"dropped_per_token": 0.0123})
+    first, second = stream.getvalue().splitlines()
+    assert "dropped" not in first and "  2.50 experts/token  0.012 dropped/token  " in second
 
 
 def test_a_dense_model_and_a_resumed_run(clock, output):

@@ -93,7 +93,8 @@ def test_json_round_trip_is_exact(config):
 def test_members_of_unions_are_tagged_and_nothing_else():
     tree = recipe.to_dict(MIXED)
     assert tree["data"]["tokenizer"] == {"kind": "BPE", "vocab_size": 1000, "train_megabytes": 16.0}
-    assert tree["model"]["layers"][1]["pattern"][0]["router"] == {"kind": "TopK", "k": 2}
+    router = tree["model"]["layers"][1]["pattern"][0]["router"]
+    assert router.pop("kind") == "TopK" and router == dataclasses.asdict(TopK(2))
     assert [group["pattern"][0]["kind"] for group in tree["model"]["layers"]] == ["Dense", "MoE"]
     assert "kind" not in tree and "kind" not in tree["model"] and "kind" not in tree["model"]["layers"][0]
 
@@ -181,6 +182,12 @@ def test_json_that_is_no_object_is_refused(value):
             lambda c: c.model.layers[0].pattern[0],
             MoE(router=Nucleus(0.5)),
         ),
+        (
+            "--model.layers.1.pattern.0.num-experts 3 --model.layers.1.pattern.0.d-ff [4,5,6]",
+            lambda c: c.model.layers[1].pattern[0].d_ff,
+            (4, 5, 6),
+        ),
+        ("--model.layers.1.pattern.0.d-ff 7", lambda c: c.model.layers[1].pattern[0].d_ff, 7),
         ("--optim.schedule Cosine --optim.schedule.final 0", lambda c: c.optim.schedule, Cosine(final=0.0)),
         ('--optim.schedule {"kind":"Constant","warmup_steps":3}', lambda c: c.optim.schedule, Constant(3)),
         ('--data.sources [{"kind":"Files","glob":"*.txt"}]', lambda c: c.data.sources, (Files("*.txt"),)),

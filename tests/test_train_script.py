@@ -23,10 +23,15 @@ from jmoe.run_directory import RunDirectory
 
 STEPS = 24
 ROUTING = {
-    *("experts_per_token", "experts_per_token_by_layer", "load_by_layer", "router_entropy_by_layer", "moe_layers"),
+    *("experts_per_token", "experts_per_token_by_layer", "experts_per_token_histogram_by_layer", "moe_layers"),
+    *("load_by_layer", "load_cv_by_layer", "load_max_over_mean_by_layer", "dead_experts_by_layer"),
+    *("router_entropy_by_layer", "nucleus_p_by_layer", "dropped_per_token", "dropped_per_token_by_layer"),
+    *("activated_expert_parameters_by_layer", "activated_parameters", "parameters"),
+    *("activated_flops_per_token", "flops_per_token"),
 }
 TRAIN = {
-    *("step", "split", "loss", "cross_entropy", "z_loss", "load_balance_loss", "dynamic_loss"),
+    *("step", "split", "loss", "cross_entropy", "z_loss", "load_balance_loss", "sequence_balance_loss"),
+    *("router_z_loss", "dynamic_loss", "parameter_penalty"),
     *("grad_norm", "learning_rate", "skipped", "skipped_total", "skipped_in_a_row"),
 } | ROUTING
 VALIDATION = {"step", "split", "loss", "perplexity", "bits_per_byte", "unigram_entropy", "tokens"} | ROUTING
@@ -104,7 +109,13 @@ def test_a_run_leaves_all_that_the_readme_names(trained, scripts):
     picture = imread(run_dir / "routing.png")
     assert picture.shape[1] == 1400 and picture.shape[2] == 4 and len(np.unique(picture[..., :3])) > 50
     events = b"".join(path.read_bytes() for path in (run_dir / "tensorboard").iterdir())
-    for tag in (b"loss", b"validation/bits_per_byte", b"experts_per_token/layer_1", b"load_max_over_mean/layer_1"):
+    for tag in (
+        b"loss",
+        b"validation/bits_per_byte",
+        b"experts_per_token/layer_1",
+        b"load_cv/layer_1",
+        b"load/layer_1",
+    ):
         assert tag in events
 
     assert [line.split(":")[0] for line in err.splitlines()] == ["tokenising train", "tokenising validation"]
@@ -119,6 +130,13 @@ def test_metrics_are_json_lines_without_wall_clock(trained):
     assert all(set(record) == TRAIN for record in train)
     assert all(set(record) == VALIDATION for record in validation)
     assert records == sorted(records, key=lambda record: (record["step"], record["split"]))
+    for record in records:
+        (shares,), (experts,) = (record[f"experts_per_token{name}_by_layer"] for name in ("_histogram", ""))
+        np.testing.assert_allclose(experts, np.arange(len(shares)) @ shares, rtol=1e-5)
+        assert record["activated_expert_parameters_by_layer"] == pytest.approx([experts * 3 * 16 * 16], rel=1e-6)
+        idle = record["parameters"] - record["activated_parameters"]
+        assert idle == pytest.approx((8 - experts) * 3 * 16 * 16, abs=0.01)
+        assert record["flops_per_token"] - record["activated_flops_per_token"] == pytest.approx(6 * idle, abs=0.1)
     assert train[-1]["loss"] < 0.7 * train[0]["loss"]
     assert validation[-1]["loss"] < validation[-1]["unigram_entropy"]
     np.testing.assert_allclose(
@@ -143,6 +161,8 @@ def test_the_final_report(trained):
     assert f"{last['bits_per_byte']:.4f} bits/byte, over {last['tokens']:,} tokens" in report
     assert re.search(r"^speed            [\d,]+ tokens/s$", report, re.M)
     assert re.search(rf"^    1 +{last['experts_per_token']:.2f} ", report, re.M)
+    activated = f"a token activates {last['activated_parameters']:,.0f} of {last['parameters']:,} parameters and "
+    assert f"\n{activated}" in report
     assert len(report.split("a sample:\n\n")[1].encode()) > 20
 
 

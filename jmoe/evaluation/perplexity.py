@@ -11,8 +11,9 @@ from jmoe import config
 from jmoe.batch import Batch
 from jmoe.config import InputError
 from jmoe.data.prepare import Prepared
-from jmoe.model.transformer import Transformer
-from jmoe.training import EvalSums, describe_routing, put_batch
+from jmoe.model.transformer import Transformer, router_states
+from jmoe.telemetry import describe_routing
+from jmoe.training import EvalSums, put_batch
 
 
 def evaluate(
@@ -20,7 +21,7 @@ def evaluate(
     params: Transformer,
     batches: Iterable[Batch],
     prepared: Sequence[Prepared],
-    model: config.Model,
+    settings: config.Config,
     mesh: jax.sharding.Mesh,
 ) -> dict[str, Any]:
     """Runs `eval_step` (`jmoe.training.make_eval_step`) over batches of host arrays and sums up.
@@ -29,11 +30,11 @@ def evaluate(
       params: of the model, on `mesh`.
       batches: of this host's rows, as `jmoe.data.pipeline.validation_batches` gives them.
       prepared: the packed sources the batches come from.
-      model: the architecture.
+      settings: of the run; its sequence length serves to tell FLOPs.
 
     Returns:
       loss (nats/token), perplexity, bits_per_byte, unigram_entropy (nats/token), tokens (targets counted), and the
-      routing of `jmoe.training.describe_routing`. Bits per byte counts bytes by the sources' average bytes a token.
+      routing of `jmoe.telemetry.describe_routing`. Bits per byte counts bytes by the sources' average bytes a token.
 
     Raises:
       InputError: no batch had a token to predict.
@@ -46,6 +47,9 @@ def evaluate(
     if whole is None or not whole.targets:
         raise InputError("the validation text has no token to predict")
     loss = float(whole.sums.cross_entropy / whole.targets)
+    routing = describe_routing(
+        settings.model, settings.data.seq_len, whole.sums.stats, float(whole.tokens), router_states(params)
+    )
     targets, size = sum(p.targets for p in prepared), sum(p.bytes for p in prepared)
     return {
         "loss": loss,
@@ -53,5 +57,5 @@ def evaluate(
         "bits_per_byte": loss * targets / size / math.log(2),
         "unigram_entropy": sum(p.targets * p.unigram_entropy for p in prepared) / targets,
         "tokens": int(whole.targets),
-        **describe_routing(model, whole.sums.stats, float(whole.tokens)),
+        **routing,
     }

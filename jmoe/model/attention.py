@@ -10,6 +10,7 @@ from jaxtyping import Array, Float, Int, PRNGKeyArray
 from jmoe import config
 from jmoe.model.layers import RMSNorm, normal, parameter, rotate
 from jmoe.ops.attention import attention
+from jmoe.ops.matmul import matmul
 from jmoe.sharding import shard
 
 
@@ -53,15 +54,10 @@ class Attention(nnx.Module):
         self, x: Float[Array, "B S D"], place: Place, cache: Cache | None = None
     ) -> tuple[Float[Array, "B S D"], Cache | None]:
         """Returns the output and, where a cache is given, the cache with this call's keys and values written in."""
-        q, k, v = (
-            jnp.einsum("BSD,DNH->BSNH", x, weight[...].astype(x.dtype), preferred_element_type=jnp.float32)
-            for weight in (self.query, self.key, self.value)
-        )
+        q, k, v = (to_heads(x, weight[...]) for weight in (self.query, self.key, self.value))
         if self.query_norm is not None and self.key_norm is not None:
             q, k = self.query_norm(q), self.key_norm(k)
-        q = rotate(q, place.positions, self.rope_base).astype(x.dtype)
-        k = rotate(k, place.positions, self.rope_base).astype(x.dtype)
-        v = v.astype(x.dtype)
+        q, k = (rotate(heads, place.positions, self.rope_base) for heads in (q, k))
         q = shard(q, "batch", "seq", "heads", "head_dim")
         k = shard(k, "batch", "seq", "kv_heads", "head_dim")
         v = shard(v, "batch", "seq", "kv_heads", "head_dim")
@@ -73,8 +69,17 @@ class Attention(nnx.Module):
             )
             k, v = cache
         mixed = attention(q, k, v, place.segment_ids, place.key_segment_ids, place.positions, place.key_positions)
-        out = jnp.einsum("BSNH,NHD->BSD", mixed, self.out[...].astype(x.dtype), preferred_element_type=jnp.float32)
-        return out.astype(x.dtype), cache
+        return from_heads(mixed, self.out[...]), cache
+
+
+def to_heads(x: Float[Array, "B S D"], weight: Float[Array, "D N H"]) -> Float[Array, "B S N H"]:
+    """x · weight, in the dtype of `x`."""
+    return matmul(x, weight.reshape(weight.shape[0], -1)).reshape(*x.shape[:-1], *weight.shape[1:])
+
+
+def from_heads(heads: Float[Array, "B S N H"], weight: Float[Array, "N H D"]) -> Float[Array, "B S D"]:
+    """The heads side by side · weight, in the dtype of `heads`."""
+    return matmul(heads.reshape(*heads.shape[:-2], -1), weight.reshape(-1, weight.shape[-1]))
 
 
 def positions_in_row(batch: int, length: int) -> Int[Array, "B S"]:

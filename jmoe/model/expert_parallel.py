@@ -8,41 +8,44 @@ import jax
 from jax.sharding import PartitionSpec
 from jaxtyping import Array, Float, Int
 
-from jmoe.model.dispatch import plan
-from jmoe.model.experts import ExpertWeights, swiglu_experts
-from jmoe.ops.permute import combine, dispatch
-from jmoe.sharding import TABLE, spec
+from jmoe.ops.permute import plan
+from jmoe.ops.routed_swiglu import ExpertWeights, routed_swiglu
+from jmoe.sharding import spec
 
 
 def local_experts(
     tokens: Float[Array, "T D"],
     expert_ids: Int[Array, "T K"],
     combine_weights: Float[Array, "T K"],
-    weights: ExpertWeights,
+    buckets: tuple[ExpertWeights, ...],
 ) -> Float[Array, "T D"]:
-    """Dispatch, experts, combine on one device: Σ_k combine_weights[t, k] · expert_{ids[t, k]}(token t), [T, D]."""
-    order, inverse, used, group_sizes = plan(expert_ids, weights.gate.shape[0])
-    rows = swiglu_experts(dispatch(tokens, order, inverse, used), group_sizes, weights)
-    return combine(rows, combine_weights, order, inverse, used)
+    """The experts on one device: Σ_k combine_weights[t, k] · expert_{ids[t, k]}(token t), [T, D]."""
+    num_experts = sum(bucket.gate.shape[0] for bucket in buckets)
+    return routed_swiglu(tokens, combine_weights, plan(expert_ids, num_experts), buckets)
 
 
 def apply_experts(
     tokens: Float[Array, "T D"],
     expert_ids: Int[Array, "T K"],
     combine_weights: Float[Array, "T K"],
-    weights: ExpertWeights,
+    buckets: tuple[ExpertWeights, ...],
 ) -> Float[Array, "T D"]:
-    """`local_experts` on the mesh in use: tokens split over the batch axes, weights gathered."""
+    """`local_experts` on the mesh in use: tokens split over the batch axes, weights gathered.
+
+    Args:
+      tokens: [T, D].
+      expert_ids: int32 [T, K], numbered through the buckets in order; their number of experts means none.
+      combine_weights: float32 [T, K].
+      buckets: the experts' weights, float32.
+    """
     mesh = jax.sharding.get_abstract_mesh()
     if mesh.empty or mesh.size == 1:
-        return local_experts(tokens, expert_ids, combine_weights, weights)
+        return local_experts(tokens, expert_ids, combine_weights, buckets)
     by_token, whole = spec("batch", None), PartitionSpec()
-
-    def on_device(tokens, expert_ids, combine_weights, weights):
-        # Said explicitly, since the custom gradients below cannot tell that the weights' gradients differ by device.
-        weights = ExpertWeights(*(jax.lax.pcast(w, TABLE["batch"], to="varying") for w in weights))
-        return local_experts(tokens, expert_ids, combine_weights, weights)
-
-    return jax.shard_map(on_device, in_specs=(by_token, by_token, by_token, whole), out_specs=by_token)(
-        tokens, expert_ids, combine_weights, weights
+    # Unchecked, since Pallas kernels do not say over which axes their results vary.
+    on_device = jax.shard_map(
+        local_experts, in_specs=(by_token, by_token, by_token, whole), out_specs=by_token, check_vma=False
     )
+    # Rounded before they are gathered.
+    buckets = jax.tree.map(lambda weight: weight.astype(tokens.dtype), buckets)
+    return on_device(tokens, expert_ids, combine_weights, buckets)

@@ -7,6 +7,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float, Int, PRNGKeyArray
 
+from jmoe.ops.matmul import apart, matmul
 from jmoe.sharding import is_variable, logical_axes, shard
 
 
@@ -14,6 +15,16 @@ def parameter(value: Array, *axes: str) -> nnx.Param:
     """A parameter declared with its logical axes, one for each dimension (`jmoe.sharding.TABLE`)."""
     assert value.ndim == len(axes), f"{value.shape} declared with axes {axes}"
     return nnx.Param(value, logical_axes=axes)
+
+
+class Buffer(nnx.Variable):
+    """State of the model that no gradient reaches: the train step moves it."""
+
+
+def buffer(value: Array, *axes: str) -> Buffer:
+    """A buffer declared with its logical axes, one for each dimension."""
+    assert value.ndim == len(axes), f"{value.shape} declared with axes {axes}"
+    return Buffer(value, logical_axes=axes)
 
 
 def normal(key: PRNGKeyArray, shape: tuple[int, ...], std: float) -> Array:
@@ -25,7 +36,7 @@ def normal(key: PRNGKeyArray, shape: tuple[int, ...], std: float) -> Array:
 def stack(modules: Any) -> Any:
     """Declares the leading `layers` axis of a module whose parameters were made under `jax.vmap`."""
     return jax.tree.map(
-        lambda v: nnx.Param(v[...], logical_axes=("layers", *logical_axes(v))),
+        lambda v: type(v)(v[...], logical_axes=("layers", *logical_axes(v))),
         modules,
         is_leaf=is_variable,
     )
@@ -50,10 +61,12 @@ def rotate(x: Float[Array, "B S N H"], positions: Int[Array, "B S"], base: float
     half = x.shape[-1] // 2
     frequencies = base ** (-jnp.arange(half, dtype=jnp.float32) / half)
     # A product of arrays, not of matrices: TPUs would round the factors of an einsum to bfloat16.
-    angles = positions.astype(jnp.float32)[:, :, None, None] * frequencies[None, None, None, :]
-    cos, sin = jnp.cos(angles), jnp.sin(angles)
-    a, b = jnp.split(x.astype(jnp.float32), 2, axis=-1)
-    return jnp.concatenate([a * cos - b * sin, b * cos + a * sin], axis=-1).astype(x.dtype)
+    angles = positions.astype(jnp.float32)[:, :, None, None, None] * frequencies[None, None, None, None, :]
+    cos, sin = apart(lambda angles: (jnp.cos(angles), jnp.sin(angles)), angles)
+    # Both halves in one array, [..., 2, half]: (a, b) · cos + (-b, a) · sin is one pass, and so is its gradient.
+    halves = x.astype(jnp.float32).reshape(*x.shape[:-1], 2, half)
+    sign = jnp.array([-1.0, 1.0])[None, None, None, :, None]
+    return (halves * cos + halves[..., ::-1, :] * sign * sin).reshape(x.shape).astype(x.dtype)
 
 
 class SwiGLU(nnx.Module):
@@ -72,4 +85,4 @@ class SwiGLU(nnx.Module):
 
 def project(x: Float[Array, "B S D"], weight: nnx.Param) -> Float[Array, "B S F"]:
     """x · weight in the dtype of `x`, accumulated in float32."""
-    return jnp.matmul(x, weight[...].astype(x.dtype), preferred_element_type=jnp.float32).astype(x.dtype)
+    return matmul(x, weight[...])

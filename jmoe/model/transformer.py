@@ -1,7 +1,7 @@
 """The decoder-only Transformer: embed → [attention → feed-forward] × N → unembed."""
 
 from functools import partial
-from typing import Literal
+from typing import Any, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -13,7 +13,7 @@ from jmoe import config
 from jmoe.model.attention import Attention, Cache, Place
 from jmoe.model.layers import RMSNorm, SwiGLU, normal, parameter, stack
 from jmoe.model.moe import MoE
-from jmoe.model.router import RouterStats
+from jmoe.model.router import RouterStats, balance_bias, steer_threshold
 from jmoe.sharding import shard
 
 Remat = Literal["none", "dots", "full"]
@@ -140,14 +140,62 @@ def empty_caches(model: config.Model, batch: int, length: int, dtype: DTypeLike 
     return tuple(tuple(empty(group.repeats) for _ in group.pattern) for group in model.layers)
 
 
-def by_layer(model: config.Model, stats: Stats) -> list[tuple[int, RouterStats]]:
-    """The statistics of each MoE layer, unstacked, with the layer's index, in the order of the layers."""
+def update_routers(params: Transformer, model: config.Model, stats: Stats, num_tokens: Float[Array, ""]) -> Transformer:
+    """The model with the state of its routers, biases and thresholds, moved by a step's statistics.
+
+    Args:
+      params: the model, which is left as it is.
+      model: its architecture.
+      stats: sums over the whole global batch.
+      num_tokens: valid tokens in it.
+    """
+    params = jax.tree.map(lambda x: x, params)
+    for group, layers, group_stats in zip(model.layers, params.layers, stats, strict=True):
+        for settings, layer, sums in zip(group.pattern, layers, group_stats, strict=True):
+            if not isinstance(settings, config.MoE) or sums is None:
+                continue
+            router = layer.feed_forward.router
+            match settings.router:
+                case config.TopK(bias_rate=rate) if router.bias is not None:
+                    router.bias = router.bias.replace(balance_bias(router.bias[...], sums.tokens_per_expert, rate))
+                case config.Nucleus() as rule if router.p is not None:
+                    # One mean over the repeats: the budget is theirs together, and the router divides it among them.
+                    per_token = sums.tokens_per_expert[:, : settings.num_experts].sum(1).mean() / num_tokens
+                    router.p = router.p.replace(steer_threshold(router.p[...], per_token, rule))
+    return params
+
+
+class RouterState(NamedTuple):
+    """What `update_routers` moves in a layer's router; None for what that router lacks."""
+
+    bias: Array | None
+    """float32 [C]"""
+    p: Array | None
+    """float32 scalar"""
+
+
+RouterStates = tuple[tuple[RouterState | None, ...], ...]
+
+
+def router_states(params: Transformer) -> RouterStates:
+    """The state of each router, stacked over the repeats of its layer; None for dense layers."""
+
+    def of(feed_forward):
+        if not isinstance(feed_forward, MoE):
+            return None
+        return RouterState(*(None if v is None else v[...] for v in (feed_forward.router.bias, feed_forward.router.p)))
+
+    return tuple(tuple(of(layer.feed_forward) for layer in pattern) for pattern in params.layers)
+
+
+def by_layer(model: config.Model, stacked: Any) -> list[tuple[int, config.MoE, Any]]:
+    """What is stacked over the repeats, as `Stats` are, for each MoE layer: its index, settings and own part."""
     result, first = [], 0
-    for group, group_stats in zip(model.layers, stats, strict=True):
+    for group, of_group in zip(model.layers, stacked, strict=True):
         for repeat in range(group.repeats):
-            for i, layer_stats in enumerate(group_stats):
-                if layer_stats is not None:
+            for i, (settings, of_layer) in enumerate(zip(group.pattern, of_group, strict=True)):
+                if isinstance(settings, config.MoE):
                     index = first + repeat * len(group.pattern) + i
-                    result.append((index, jax.tree.map(lambda s, r=repeat: s[r], layer_stats)))
+                    result.append((index, settings, jax.tree.map(lambda s, r=repeat: s[r], of_layer)))
         first += len(group.pattern) * group.repeats
     return result

@@ -1,8 +1,27 @@
-"""Causal grouped-query attention within segments."""
+"""Causal grouped-query attention within segments.
+
+The keys' axis of scores comes before the queries': the softmax sums over rows, and the products have no transposed
+factor but queries, keys, values and their gradients, which are small beside the scores. Queries go in blocks, each with
+the keys up to its own end, which leaves out nearly half of the products; the backward pass computes the scores again.
+"""
+
+from functools import partial
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
+
+MIN_BLOCK, MAX_BLOCKS = 128, 8
+
+_einsum = partial(jnp.einsum, preferred_element_type=jnp.float32)
+
+
+class Tokens(NamedTuple):
+    """Which tokens queries or keys belong to: int32 [B, S] each."""
+
+    segments: Array
+    positions: Array
 
 
 def attention(
@@ -16,6 +35,9 @@ def attention(
 ) -> Float[Array, "B S N H"]:
     """softmax(Q Kᵀ / √H) V over the keys of the same segment at the same or an earlier position.
 
+    Where L = S the keys are those of the queries' own tokens in the order of the row, and a query sees none that comes
+    after it in the row. Positions ascend within a document, so that this leaves out nothing (but for padding).
+
     Args:
       queries: [B, S, N, H].
       keys, values: [B, L, G, H]; query head n reads key head n // (N/G). L is S or the length of a cache.
@@ -27,14 +49,78 @@ def attention(
     """
     B, S, N, H = queries.shape
     G = keys.shape[2]
-    # Heads outermost: XLA:CPU runs these batched products fastest as [B, heads, S, H].
-    q = queries.reshape(B, S, G, N // G, H).transpose(0, 2, 3, 1, 4)
-    k, v = keys.transpose(0, 2, 1, 3), values.transpose(0, 2, 1, 3)
-    scores = jnp.einsum("BGnSH,BGLH->BGnSL", q, k, preferred_element_type=jnp.float32) * H**-0.5
-    visible = (query_segments[:, :, None] == key_segments[:, None, :]) & (
-        query_positions[:, :, None] >= key_positions[:, None, :]
+    grouped = queries.reshape(B, S, G, N // G, H)
+    out = _attention(
+        grouped, keys, values, Tokens(query_segments, query_positions), Tokens(key_segments, key_positions)
     )
-    scores = jnp.where(visible[:, None, None], scores, jnp.finfo(jnp.float32).min)
-    weights = jax.nn.softmax(scores, axis=-1).astype(v.dtype)
-    out = jnp.einsum("BGnSL,BGLH->BGnSH", weights, v, preferred_element_type=jnp.float32)
-    return out.transpose(0, 3, 1, 2, 4).reshape(B, S, N, H).astype(queries.dtype)
+    return out.reshape(B, S, N, H)
+
+
+@jax.custom_vjp
+def _attention(queries, keys, values, of_queries, of_keys):
+    """For queries [B, S, G, n, H], n query heads for each of the G key heads."""
+    return _forward(queries, keys, values, of_queries, of_keys)[0]
+
+
+def _blocks(S: int, L: int) -> list[tuple[slice, slice]]:
+    """Blocks of queries, and of the keys that they may see."""
+    if S != L:
+        return [(slice(0, S), slice(0, L))]
+    size = max(MIN_BLOCK, -(-S // MAX_BLOCKS))
+    return [(slice(start, min(start + size, S)), slice(0, min(start + size, S))) for start in range(0, S, size)]
+
+
+def _scores(queries, keys, of_queries, of_keys):
+    """float32 [B, G, L, n, S], of queries [B, G, H, n, S] and keys [B, G, L, H]; least where a key is not seen."""
+    scores = _einsum("BGLH,BGHnS->BGLnS", keys, queries) * keys.shape[3] ** -0.5
+    seen = of_keys.segments[:, :, None] == of_queries.segments[:, None, :]
+    seen &= of_keys.positions[:, :, None] <= of_queries.positions[:, None, :]
+    return jnp.where(seen[:, None, :, None, :], scores, jnp.finfo(jnp.float32).min)
+
+
+def _part(tokens, block):
+    return jax.tree.map(lambda x: x[:, block], tokens)
+
+
+def _forward(queries, keys, values, of_queries, of_keys):
+    q = queries.transpose(0, 2, 4, 3, 1)
+    k, v = keys.transpose(0, 2, 1, 3), values.transpose(0, 2, 3, 1)
+    outs, log_partitions = [], []
+    for block, seen in _blocks(q.shape[4], k.shape[2]):
+        scores = _scores(q[..., block], k[:, :, seen], _part(of_queries, block), _part(of_keys, seen))
+        most = scores.max(2, keepdims=True)
+        weights = jnp.exp(scores - most)
+        total = weights.sum(2, keepdims=True)
+        weighted = _einsum(
+            "BGHL,BGLnS->BGHnS", v[..., seen], weights.astype(v.dtype), preferred_element_type=jnp.float32
+        )
+        outs.append((weighted / total).astype(queries.dtype))
+        log_partitions.append(most + jnp.log(total))
+    outT = jnp.concatenate(outs, -1).transpose(0, 4, 1, 3, 2)
+    return outT, (queries, keys, values, of_queries, of_keys, outT, jnp.concatenate(log_partitions, -1))
+
+
+def _backward(residuals, d_out):
+    queries, keys, values, of_queries, of_keys, outT, log_partition = residuals
+    dtype, scale = queries.dtype, keys.shape[-1] ** -0.5
+    heads_first = (0, 2, 3, 1, 4)
+    q, qT = queries.transpose(heads_first), queries.transpose(0, 2, 4, 3, 1)
+    do, doT = d_out.transpose(heads_first), d_out.transpose(0, 2, 4, 3, 1)
+    k, kT = keys.transpose(0, 2, 1, 3), keys.transpose(0, 2, 3, 1)
+    v = values.transpose(0, 2, 1, 3)
+    # Of each query, Σ over keys of weight · its gradient [B, G, 1, n, S].
+    delta = _einsum("BSGnH,BSGnH->BSGn", d_out, outT).transpose(0, 2, 3, 1)[:, :, None]
+    d_q, d_k, d_v = [], jnp.zeros(k.shape, jnp.float32), jnp.zeros(v.shape, jnp.float32)
+    for block, seen in _blocks(q.shape[3], k.shape[2]):
+        scores = _scores(qT[..., block], k[:, :, seen], _part(of_queries, block), _part(of_keys, seen))
+        weights = jnp.exp(scores - log_partition[..., block])
+        d_weights = _einsum("BGLH,BGHnS->BGLnS", v[:, :, seen], doT[..., block])
+        d_scores = (weights * (d_weights - delta[..., block]) * scale).astype(dtype)
+        d_q.append(_einsum("BGHL,BGLnS->BGHnS", kT[..., seen], d_scores))
+        d_k = d_k.at[:, :, seen].add(_einsum("BGLnS,BGnSH->BGLH", d_scores, q[..., block, :]))
+        d_v = d_v.at[:, :, seen].add(_einsum("BGLnS,BGnSH->BGLH", weights.astype(dtype), do[..., block, :]))
+    d_queries = jnp.concatenate(d_q, -1).transpose(0, 4, 1, 3, 2).astype(dtype)
+    return d_queries, *(x.transpose(0, 2, 1, 3).astype(dtype) for x in (d_k, d_v)), None, None
+
+
+_attention.defvjp(_forward, _backward)

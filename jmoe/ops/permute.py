@@ -1,85 +1,49 @@
-"""Moving rows between token order and expert order: gathers in both directions, forward and backward.
+"""Moving rows between token order and expert order, by gathers alone.
 
-The R = T·K slots of T tokens are sorted by expert. `order[r]` is the slot that sorted row r comes from, `inverse[s]`
-the sorted row of slot s; slot s belongs to token s // K. Since the two undo each other, the gradient of either gather
-is the other one, and nothing is ever scatter-added.
+The T·K slots of T tokens are sorted by expert: sorted row r comes from slot `order[r]`, which belongs to token
+`order[r] // K`, and slot s went to sorted row `inverse[s]`. The sum over a token's rows gathers by `inverse`; since
+it is also the gradient of the gather by `order`, nothing is ever scatter-added.
 """
 
-from functools import partial
+from typing import NamedTuple
 
-import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
-# TPUs by default round the factors of a float32 product to bfloat16, here the router's weights.
-_einsum = partial(jnp.einsum, precision=jax.lax.Precision.HIGHEST, preferred_element_type=jnp.float32)
+
+class Plan(NamedTuple):
+    """Where each slot's row goes when rows are sorted by expert; slots without an expert come last."""
+
+    order: Array
+    """int32 [R = T·K]: the slot of each sorted row."""
+    inverse: Array
+    """int32 [T, K]: the sorted row of each slot."""
+    used: Array
+    """bool [T, K]: whether the slot has an expert."""
+    group_sizes: Array
+    """int32 [E]: rows of each expert."""
 
 
-@jax.custom_vjp
-def dispatch(
-    tokens: Float[Array, "T D"], order: Int[Array, " R"], inverse: Int[Array, "T K"], used: Bool[Array, "T K"]
-) -> Float[Array, "R D"]:
-    """The token of each sorted row.
+def plan(expert_ids: Int[Array, "T K"], num_experts: int) -> Plan:
+    """Sorts the slots by expert, tokens in order within an expert. `expert_ids == num_experts` means no expert."""
+    flat = expert_ids.reshape(-1)
+    order = jnp.argsort(flat, stable=True).astype(jnp.int32)
+    inverse = jnp.zeros_like(order).at[order].set(jnp.arange(order.size, dtype=jnp.int32), unique_indices=True)
+    return Plan(
+        order=order,
+        inverse=inverse.reshape(expert_ids.shape),
+        used=expert_ids < num_experts,
+        group_sizes=jnp.bincount(flat, length=num_experts + 1)[:num_experts].astype(jnp.int32),
+    )
 
-    Args:
-      tokens: [T, D].
-      order: int32 [R = T·K], the slot that each sorted row comes from.
-      inverse: int32 [T, K], the sorted row of each slot.
-      used: bool [T, K], False for slots without an expert; no gradient comes back from their rows.
 
-    Returns:
-      [R, D], in the dtype of `tokens`.
+def sum_slots(rows: Float[Array, "R D"], inverse: Int[Array, "T K"], used: Bool[Array, "T K"]) -> Float[Array, "T D"]:
+    """Each token's sum over the rows of its used slots, [T, D]: taken in float32, in the dtype of `rows`.
+
+    Rows that no used slot points to may hold anything, even NaN.
     """
-    return tokens[order // inverse.shape[1]]
-
-
-def _dispatch_forward(tokens, order, inverse, used):
-    return dispatch(tokens, order, inverse, used), (inverse, used)
-
-
-def _dispatch_backward(residuals, d_rows):
-    inverse, used = residuals
-    d_slots = jnp.where(used[..., None], d_rows[inverse], 0)
-    return d_slots.sum(1, dtype=jnp.float32).astype(d_rows.dtype), None, None, None
-
-
-dispatch.defvjp(_dispatch_forward, _dispatch_backward)
-
-
-@jax.custom_vjp
-def combine(
-    rows: Float[Array, "R D"],
-    combine_weights: Float[Array, "T K"],
-    order: Int[Array, " R"],
-    inverse: Int[Array, "T K"],
-    used: Bool[Array, "T K"],
-) -> Float[Array, "T D"]:
-    """Each token's weighted sum of its experts' outputs.
-
-    Args:
-      rows: [R, D], the experts' outputs in sorted order.
-      combine_weights: float32 [T, K].
-      order, inverse, used: as in `dispatch`.
-
-    Returns:
-      [T, D] in the dtype of `rows`; summed in float32.
-    """
-    return _combine_forward(rows, combine_weights, order, inverse, used)[0]
-
-
-def _combine_forward(rows, combine_weights, order, inverse, used):
-    slots = jnp.where(used[..., None], rows[inverse], 0)
-    out = _einsum("TKD,TK->TD", slots, combine_weights)
-    return out.astype(rows.dtype), (rows, combine_weights, order, inverse, used)
-
-
-def _combine_backward(residuals, d_out):
-    rows, combine_weights, order, inverse, used = residuals
-    slots = jnp.where(used[..., None], rows[inverse], 0)
-    d_weights = _einsum("TD,TKD->TK", d_out, slots)
-    weight_of_row = jnp.where(used, combine_weights, 0).reshape(-1)[order]
-    d_rows = (weight_of_row[:, None] * d_out[order // inverse.shape[1]]).astype(rows.dtype)
-    return d_rows, d_weights, None, None, None
-
-
-combine.defvjp(_combine_forward, _combine_backward)
+    total = 0.0
+    # A slot at a time: XLA:CPU fuses these gathers into one pass, which it does not for a gather of all slots at once.
+    for slot, slot_used in zip(jnp.where(used, inverse, 0).T, used.T, strict=True):
+        total += jnp.where(slot_used[:, None], rows.at[slot].get(mode="clip"), 0).astype(jnp.float32)
+    return jnp.asarray(total).astype(rows.dtype)

@@ -14,18 +14,39 @@ B, S = 2, 9
 
 def dense_loop(layer, x, valid, settings):
     """Every expert on every token, weighed by the router's decision: the definition, at E/k times the cost."""
-    E = settings.num_experts
     tokens = x.reshape(-1, x.shape[-1])
-    routing = layer.router(tokens, valid.reshape(-1))
-    weight = (routing.combine_weights[..., None] * jax.nn.one_hot(routing.expert_ids, E)).sum(1)  # [T, E]
-    gate, up, down = (w[...].astype(x.dtype) for w in (layer.experts.gate, layer.experts.up, layer.experts.down))
-    outputs = jnp.stack([(jax.nn.silu(tokens @ gate[e]) * (tokens @ up[e])) @ down[e] for e in range(E)], axis=1)
-    return jnp.einsum("TED,TE->TD", outputs, weight.astype(x.dtype)).reshape(x.shape)
+    routing = layer.router(x, valid)
+    weight = (routing.combine_weights[..., None] * jax.nn.one_hot(routing.expert_ids, settings.num_experts)).sum(1)
+    banks = layer.experts.weights()
+    experts = [expert for bank in banks for expert in zip(*bank, strict=True)]
+    assert [gate.shape[1] for gate, _, _ in experts] == list(settings.expert_widths)
+
+    def swiglu(gate, up, down):
+        return (jax.nn.silu(tokens @ gate) * (tokens @ up)) @ down
+
+    out = sum(weight[:, e, None] * swiglu(*expert) for e, expert in enumerate(experts))
+    out += routing.identity_weights[:, None] * tokens
+    if layer.shared is not None:
+        shared = swiglu(*(w[...] for w in (layer.shared.swiglu.gate, layer.shared.swiglu.up, layer.shared.swiglu.down)))
+        out += shared if layer.shared.weight is None else jax.nn.sigmoid(tokens @ layer.shared.weight[...]) * shared
+    return out.reshape(x.shape)
 
 
-@pytest.mark.parametrize("router", [config.TopK(2), config.Nucleus(0.5), config.Nucleus(1.0)], ids=str)
-def test_matches_the_dense_loop(router):
-    settings = config.MoE(num_experts=5, d_ff=12, router=router)
+LAYERS = {
+    "top-k": config.MoE(5, 12, config.TopK(2)),
+    "nucleus": config.MoE(5, 12, config.Nucleus(0.5)),
+    "nucleus of all": config.MoE(5, 12, config.Nucleus(1.0)),
+    "hybrid widths, nucleus": config.MoE(8, 8, config.Nucleus(0.4), widths="hybrid"),
+    "listed widths, top-k, shared": config.MoE(4, (3, 3, 8, 20), config.TopK(2), shared_d_ff=6),
+    "identity, sigmoid, bias, shared with a gate": config.MoE(
+        5, 12, config.TopK(3, "sigmoid", scale=2.0, bias_rate=0.1), identity_experts=3, shared_d_ff=6, shared_gate=True
+    ),
+    "identity, nucleus with few slots": config.MoE(5, 12, config.Nucleus(0.7, max_slots=2), identity_experts=2),
+}
+
+
+@pytest.mark.parametrize("settings", LAYERS.values(), ids=LAYERS.keys())
+def test_matches_the_dense_loop(settings):
     layer = MoE(settings, MODEL, jax.random.key(0))
     x, cotangent = jax.random.normal(jax.random.key(1), (2, B, S, 16))
     valid = jnp.arange(B * S).reshape(B, S) % 5 != 0
@@ -38,4 +59,7 @@ def test_matches_the_dense_loop(router):
     want = run(lambda layer, x: dense_loop(layer, x, valid, settings))
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=2e-4, atol=2e-4), got, want)
     assert float(jnp.abs(got[1].router.weight[...]).max()) > 1e-3  # the router learns through the combine weights
-    assert not np.asarray(got[0])[~np.asarray(valid)].any()
+    if layer.shared is None:
+        assert not np.asarray(got[0])[~np.asarray(valid)].any()
+    if layer.router.bias is not None:
+        assert not np.asarray(got[1].router.bias[...]).any()

@@ -113,10 +113,11 @@ def test_scanned_layers_are_the_layers_one_after_another(model):
 def test_statistics_come_in_the_order_of_the_layers(model):
     _, stats, _ = model(random_tokens(), whole_rows(B, S))
     layers = by_layer(MODEL, stats)
-    assert [index for index, _ in layers] == [1, 2, 3, 4]
-    assert [s.tokens_per_expert.shape for _, s in layers] == [(4,), (6,), (4,), (6,)]
-    assert [float(s.tokens_per_expert.sum()) for i, s in layers if i in (2, 4)] == [2.0 * B * S] * 2  # top-2
-    np.testing.assert_allclose([s.probability_per_expert.sum() for _, s in layers], B * S, rtol=1e-5)
+    assert [index for index, _, _ in layers] == [1, 2, 3, 4]
+    assert [s.tokens_per_expert.shape for _, _, s in layers] == [(moe.num_experts,) for _, moe, _ in layers]
+    assert [moe.num_experts for _, moe, _ in layers] == [4, 6, 4, 6]
+    assert [float(s.tokens_per_expert.sum()) for i, _, s in layers if i in (2, 4)] == [2.0 * B * S] * 2  # top-2
+    np.testing.assert_allclose([s.probability_per_expert.sum() for _, _, s in layers], B * S, rtol=1e-5)
 
 
 def test_every_parameter_declares_an_axis_for_each_dimension(model):
