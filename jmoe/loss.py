@@ -51,9 +51,8 @@ def hidden_states(params: Transformer, batch: Batch, settings: config.Config) ->
 def forward(params: Transformer, batch: Batch, settings: config.Config) -> Sums:
     """Runs the model on a (micro-)batch and returns its sums."""
     hidden, stats = hidden_states(params, batch, settings)
-    nll, z_squared = cross_entropy(
-        hidden, params.head_weight(), batch.targets, batch.loss_mask, settings.loss.chunk_tokens
-    )
+    sums: Any = cross_entropy(hidden, params.head_weight(), batch.targets, batch.loss_mask, settings.loss.chunk_tokens)
+    nll, z_squared = sums
     return Sums(nll, z_squared, stats)
 
 

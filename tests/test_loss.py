@@ -73,3 +73,15 @@ def test_bfloat16_hidden_states_give_float32_sums(case):
     low = cross_entropy(hidden.astype(jnp.bfloat16), head, targets, mask, 12)
     assert all(x.dtype == jnp.float32 for x in low)
     np.testing.assert_allclose(low, cross_entropy(hidden, head, targets, mask, 12), rtol=2e-2)
+
+
+def test_bfloat16_gradients_follow_the_float32_ones(case):
+    hidden, head, targets, mask = case
+
+    def gradients(f, hidden):
+        return jax.grad(lambda h, w: (lambda nll, z: nll + 0.3 * z)(*f(h, w, targets, mask)), (0, 1))(hidden, head)
+
+    got = gradients(lambda *args: cross_entropy(*args, 12), hidden.astype(jnp.bfloat16))
+    assert [g.dtype for g in got] == [jnp.bfloat16, jnp.float32]
+    for low, high in zip(got, gradients(whole, hidden), strict=True):
+        np.testing.assert_allclose(low.astype(jnp.float32), high, rtol=5e-2, atol=5e-2 * jnp.abs(high).max())

@@ -206,8 +206,8 @@ def test_routers_are_moved_once_a_step_by_the_counts_of_the_whole_batch():
 
 
 def test_the_gradient_points_down():
-    """A finite difference along the gradient equals its squared norm. Every token goes to all experts here: where a token
-    changes experts the loss jumps."""
+    """A finite difference along the gradient equals its squared norm. Every token goes to all experts: where a token
+    changes experts, the loss jumps."""
     layers = (config.LayerGroup((config.MoE(4, 16, config.TopK(4)), config.MoE(2, (8, 24), config.Nucleus(1.0)))),)
     settings = dataclasses.replace(SETTINGS, model=dataclasses.replace(MODEL, layers=layers))
     params, batch = training.init_state(settings).params, jax.tree.map(jnp.asarray, BATCHES[0])

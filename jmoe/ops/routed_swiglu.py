@@ -4,12 +4,13 @@
 
 Experts are numbered through the buckets, each of which holds the experts of one width. On CPU one loop visits blocks of
 rows sorted by expert and does all that a block needs while it is in the cache: gather, the products, the elementwise
-part. Elsewhere the same function is composed of `grouped_matmul` over all rows. A row's combine weight multiplies its
-hidden features, so that the combination is a sum of rows, and its gradient needs no expert's output.
+part, and the sum over a token's experts. Elsewhere the same function is composed of `grouped_matmul` over all rows. A
+row's combine weight multiplies its hidden features, so that its gradient needs no expert's output.
 """
 
 from collections.abc import Callable
 from functools import partial
+from itertools import pairwise
 from typing import Any, NamedTuple
 
 import jax
@@ -36,17 +37,6 @@ class ExpertWeights(NamedTuple):
     """[E, F, D]"""
 
 
-class Rows(NamedTuple):
-    """The sorted rows, R = T·K and a few more that belong to no expert, for the last block to reach into."""
-
-    token: Array
-    """int32 [R]: the token of each row."""
-    weight: Array
-    """float32 [R]: its combine weight."""
-    group_sizes: Array
-    """int32 [E]: rows of each expert."""
-
-
 @jax.custom_vjp
 def routed_swiglu(
     tokens: Float[Array, "T D"],
@@ -70,34 +60,18 @@ def routed_swiglu(
 
 
 def _forward(tokens, combine_weights, plan, buckets):
-    sizes = _sizes(plan.order.size, buckets)
-    rows, gate, up = lax.platform_dependent(
-        tokens,
-        _sorted_rows(combine_weights, plan, sizes),
-        buckets,
-        cpu=partial(_blocked_forward, sizes),
-        default=_grouped_forward,
-    )
-    out = sum_slots(rows, plan.inverse, plan.used)
-    return out, (tokens, combine_weights, plan, buckets, gate, up)
+    inputs = tokens, combine_weights, plan, buckets
+    out, gate, up = lax.platform_dependent(*inputs, cpu=_blocked_forward, default=_grouped_forward)
+    return out, (*inputs, gate, up)
 
 
 def _backward(residuals, d_out):
-    tokens, combine_weights, plan, buckets, gate, up = residuals
-    sizes = _sizes(plan.order.size, buckets)
     d_rows, d_row_weights, d_buckets = lax.platform_dependent(
-        tokens,
-        _sorted_rows(combine_weights, plan, sizes),
-        buckets,
-        gate,
-        up,
-        d_out,
-        cpu=partial(_blocked_backward, sizes),
-        default=_grouped_backward,
+        *residuals, d_out, cpu=_blocked_backward, default=_grouped_backward
     )
-    d_tokens = sum_slots(d_rows, plan.inverse, plan.used)
+    plan = residuals[2]
     d_combine_weights = jnp.where(plan.used, d_row_weights[plan.inverse], 0)
-    return d_tokens, d_combine_weights, None, d_buckets
+    return sum_slots(d_rows, plan.inverse, plan.used), d_combine_weights, None, d_buckets
 
 
 routed_swiglu.defvjp(_forward, _backward)
@@ -110,8 +84,9 @@ def _sizes(slots, buckets):
 
 
 def _sorted_rows(combine_weights, plan, sizes):
+    """Token and combine weight of each sorted row, and of a block more that belong to no expert."""
     token, weight = plan.order // combine_weights.shape[1], combine_weights.reshape(-1)[plan.order]
-    return Rows(jnp.pad(token, (0, sizes[-1])), jnp.pad(weight, (0, sizes[-1])), plan.group_sizes)
+    return tuple(jnp.pad(of_row, (0, sizes[-1])) for of_row in (token, weight))
 
 
 def _widest(buckets):
@@ -127,12 +102,11 @@ def _visit(sizes: list[int], start: Array, end: Array, body: Callable[[int, Arra
     all of one size, the smallest that suffices."""
     blocks = -(-(end - start) // sizes[-1])
     even = -(-(end - start) // jnp.maximum(blocks, 1))
-
-    def visit(size, carry):
-        return lax.fori_loop(0, blocks, lambda i, carry: body(size, start + i * size, carry), carry)
-
-    chosen = jnp.searchsorted(jnp.array(sizes), even)
-    return lax.switch(chosen, [partial(visit, size) for size in sizes], carry)
+    for smaller, size in pairwise([0, *sizes]):
+        count = jnp.where((smaller < even) & (even <= size), blocks, 0)
+        block = lambda i, carry, size=size: body(size, start + i * size, carry)  # noqa: E731
+        carry = lax.fori_loop(0, count, block, carry)
+    return carry
 
 
 def _bounds(buckets, group_sizes):
@@ -160,9 +134,9 @@ def _matrices(weights, dtype):
     return ExpertWeights(*(_loaded(matrix).astype(dtype) for matrix in weights))
 
 
-def _zeros(shape, dtype, group_sizes, number):
+def _zeros(shape, dtype, plan, number):
     """Zeros that XLA does not know to be equal to others, which it would make once and copy to where each is used."""
-    zero = jnp.minimum(group_sizes[0], -number) + number
+    zero = jnp.minimum(plan.group_sizes[0], -number) + number
     return jnp.full(shape, zero.astype(jnp.uint16 if dtype == jnp.bfloat16 else dtype))
 
 
@@ -189,37 +163,42 @@ def _transpose(rows, inside):
     return lax.optimization_barrier(jnp.where(inside[None, :], rows.T, 0))
 
 
-def _blocked_forward(sizes, tokens, sorted_rows, buckets):
-    dtype, D, R, F = tokens.dtype, tokens.shape[1], sorted_rows.token.shape[0], _widest(buckets)
+def _blocked_forward(tokens, combine_weights, plan, buckets):
+    dtype, sizes = tokens.dtype, _sizes(plan.order.size, buckets)
+    of_row = _sorted_rows(combine_weights, plan, sizes)
+    carry = jnp.zeros(tokens.shape), *(_zeros((of_row[0].size, _widest(buckets)), dtype, plan, i) for i in (0, 1))
     tokens, buckets = jax.tree.map(_stored, (tokens, buckets))
-    carry = tuple(_zeros((R, n), dtype, sorted_rows.group_sizes, i) for i, n in enumerate((D, F, F)))
-    for bucket, starts, ends in _bounds(buckets, sorted_rows.group_sizes):
+    for bucket, starts, ends in _bounds(buckets, plan.group_sizes):
 
         def expert(carry, of_expert):
             weights, start, end = of_expert
             weights = _matrices(weights, dtype)
 
             def block(size, start, carry):
-                rows, gates, ups = carry
-                token, weight = (lax.dynamic_slice_in_dim(a, start, size) for a in sorted_rows[:2])
+                out, gates, ups = carry
+                token, weight = (lax.dynamic_slice_in_dim(a, start, size) for a in of_row)
                 x = _loaded(tokens.at[token].get(mode="clip"))
                 gate, up = _dot(x, weights.gate).astype(dtype), _dot(x, weights.up).astype(dtype)
                 hidden = weight[:, None] * jax.nn.silu(gate.astype(jnp.float32)) * up.astype(jnp.float32)
-                out = _dot(hidden.astype(dtype), weights.down).astype(dtype)
-                return tuple(_put(a, start, _stored(b)) for a, b in ((rows, out), (gates, gate), (ups, up)))
+                inside = (start + jnp.arange(size) < end)[:, None]
+                rows = jnp.where(inside, _dot(hidden.astype(dtype), weights.down), 0)
+                out = out.at[token].add(rows, mode="promise_in_bounds")
+                return out, _put(gates, start, _stored(gate)), _put(ups, start, _stored(up))
 
             return _visit(sizes, start, end, block, carry), None
 
         carry, _ = lax.scan(expert, carry, (bucket, starts, ends))
-    return jax.tree.map(_loaded, carry)
+    out, gates, ups = carry
+    return out.astype(dtype), _loaded(gates), _loaded(ups)
 
 
-def _blocked_backward(sizes, tokens, sorted_rows, buckets, gates, ups, d_out):
-    dtype, D, R = tokens.dtype, tokens.shape[1], sorted_rows.token.shape[0]
+def _blocked_backward(tokens, combine_weights, plan, buckets, gates, ups, d_out):
+    dtype, D, R, sizes = tokens.dtype, tokens.shape[1], gates.shape[0], _sizes(plan.order.size, buckets)
+    of_row = _sorted_rows(combine_weights, plan, sizes)
     weight_dtype = buckets[0].gate.dtype
     tokens, buckets, gates, ups, d_out = jax.tree.map(_stored, (tokens, buckets, gates, ups, d_out))
-    d_rows, d_row_weights, d_buckets = _zeros((R, D), dtype, sorted_rows.group_sizes, 0), jnp.zeros(R), []
-    for bucket, starts, ends in _bounds(buckets, sorted_rows.group_sizes):
+    d_rows, d_row_weights, d_buckets = _zeros((R, D), dtype, plan, 0), jnp.zeros(R), []
+    for bucket, starts, ends in _bounds(buckets, plan.group_sizes):
         F = bucket.gate.shape[2]
 
         def expert(carry, of_expert, F=F):
@@ -229,7 +208,7 @@ def _blocked_backward(sizes, tokens, sorted_rows, buckets, gates, ups, d_out):
             def block(size, start, carry):
                 d_rows, d_row_weights, d_bucket, d_down = carry
                 inside = start + jnp.arange(size) < end
-                token, weight = (lax.dynamic_slice_in_dim(a, start, size) for a in sorted_rows[:2])
+                token, weight = (lax.dynamic_slice_in_dim(a, start, size) for a in of_row)
                 weight = weight[:, None]
                 x = _loaded(tokens.at[token].get(mode="clip"))
                 # Masked, here and where it is transposed: what lies past the expert's rows may be NaN.
@@ -260,13 +239,11 @@ def _blocked_backward(sizes, tokens, sorted_rows, buckets, gates, ups, d_out):
                 d_rows = _put(d_rows, start, _stored(d_x.astype(dtype)))
                 return d_rows, _put(d_row_weights, start, d_weight), d_bucket, d_down
 
-            d_down = _zeros(weights.down.shape, jnp.float32, sorted_rows.group_sizes, 1)
+            d_down = _zeros(weights.down.shape, jnp.float32, plan, 1)
             d_rows, d_row_weights, d_bucket, d_down = _visit(sizes, start, end, block, (*carry, d_down))
             return (d_rows, d_row_weights, d_bucket._replace(down=_put(d_bucket.down, e, d_down[None]))), None
 
-        d_bucket = ExpertWeights(
-            *(_zeros(w.shape, jnp.float32, sorted_rows.group_sizes, i) for i, w in enumerate(bucket, start=2))
-        )
+        d_bucket = ExpertWeights(*(_zeros(w.shape, jnp.float32, plan, i) for i, w in enumerate(bucket, start=2)))
         carry = d_rows, d_row_weights, d_bucket
         experts = jnp.arange(starts.shape[0]), bucket, starts, ends
         (d_rows, d_row_weights, d_bucket), _ = lax.scan(expert, carry, experts)
@@ -277,9 +254,10 @@ def _blocked_backward(sizes, tokens, sorted_rows, buckets, gates, ups, d_out):
 # Elsewhere: whole arrays of rows, of which grouped_matmul makes zeros where they belong to no expert of the bucket.
 
 
-def _hidden(rows, buckets, group_sizes):
+def _hidden(group_sizes, rows, buckets):
     """Gate and up projections of all buckets, [R, F of the widest]; the narrower fill the first columns."""
-    first, F, gate, up = 0, _widest(buckets), 0.0, 0.0
+    first, F = 0, _widest(buckets)
+    gate, up = (jnp.zeros((rows.shape[0], F), rows.dtype) for _ in range(2))
     for bucket in buckets:
         pad = ((0, 0), (0, F - bucket.gate.shape[2]))
         gate += jnp.pad(grouped_matmul(rows, bucket.gate.astype(rows.dtype), group_sizes, first), pad)
@@ -288,25 +266,28 @@ def _hidden(rows, buckets, group_sizes):
     return gate, up
 
 
-def _outputs(gate, up, weight, buckets, group_sizes):
+def _outputs(group_sizes, gate, up, weight, buckets):
     hidden = weight[:, None] * jax.nn.silu(gate.astype(jnp.float32)) * up.astype(jnp.float32)
-    hidden, first, rows = hidden.astype(gate.dtype), 0, 0.0
+    hidden, first = hidden.astype(gate.dtype), 0
+    rows: Any = jnp.zeros((hidden.shape[0], buckets[0].down.shape[2]), hidden.dtype)
     for bucket in buckets:
         rows += grouped_matmul(hidden[:, : bucket.down.shape[1]], bucket.down.astype(hidden.dtype), group_sizes, first)
         first += bucket.down.shape[0]
     return rows
 
 
-def _grouped_forward(tokens, sorted_rows, buckets):
-    gate, up = _hidden(tokens[sorted_rows.token], buckets, sorted_rows.group_sizes)
-    return _outputs(gate, up, sorted_rows.weight, buckets, sorted_rows.group_sizes), gate, up
+def _grouped_forward(tokens, combine_weights, plan, buckets):
+    token, weight = _sorted_rows(combine_weights, plan, _sizes(plan.order.size, buckets))
+    gate, up = _hidden(plan.group_sizes, tokens[token], buckets)
+    rows = _outputs(plan.group_sizes, gate, up, weight, buckets)
+    return sum_slots(rows, plan.inverse, plan.used), gate, up
 
 
-def _grouped_backward(tokens, sorted_rows, buckets, gate, up, d_out):
+def _grouped_backward(tokens, combine_weights, plan, buckets, gate, up, d_out):
     """By the derivatives of the two halves; of their values XLA computes only what these need."""
-    sizes = sorted_rows.group_sizes
-    _, pullback = jax.vjp(lambda *a: _outputs(*a, sizes), gate, up, sorted_rows.weight, buckets)
-    d_gate, d_up, d_weight, d_down = pullback(d_out[sorted_rows.token])
-    _, pullback = jax.vjp(lambda *a: _hidden(*a, sizes), tokens[sorted_rows.token], buckets)
+    token, weight = _sorted_rows(combine_weights, plan, _sizes(plan.order.size, buckets))
+    _, pullback = jax.vjp(partial(_outputs, plan.group_sizes), gate, up, weight, buckets)
+    d_gate, d_up, d_weight, d_down = pullback(d_out[token])
+    _, pullback = jax.vjp(partial(_hidden, plan.group_sizes), tokens[token], buckets)
     d_rows, d_gate_up = pullback((d_gate, d_up))
     return d_rows, d_weight, jax.tree.map(jnp.add, d_down, d_gate_up)
