@@ -260,7 +260,8 @@ def test_more_steps_and_other_workers_go_on_exactly(scripts, trained, tmp_path):
 @pytest.mark.slow
 @pytest.mark.parametrize("mesh", [("--mesh.data", 4), ("--mesh.fsdp", 2, "--mesh.data", 2)], ids=["data", "fsdp"])
 def test_begun_on_four_devices_and_ended_on_one_it_learns_the_same(scripts, trained, tmp_path, mesh):
-    """Devices add up in another order: losses were found to differ by a relative 2e-7, parameters by 2e-6."""
+    """Devices add up in another order: parameters were found to differ by 2e-6, and where a gradient is so small that
+    Adam's division magnifies its rounding, by 1e-5."""
     run_dir = tmp_path / "run"
     four = {"XLA_FLAGS": "--xla_force_host_platform_device_count=4"}
     code, out, err = scripts.train(run_dir, "--steps", 16, *mesh, **four)
@@ -280,7 +281,7 @@ def test_begun_on_four_devices_and_ended_on_one_it_learns_the_same(scripts, trai
     assert state["data/step"] == reference["data/step"] and state.keys() == reference.keys()
     for name in (name for name in state if name.startswith("params/")):
         arrays = (np.frombuffer(content, dtype) for dtype, _, content in (state[name], reference[name]))
-        np.testing.assert_allclose(*arrays, rtol=1e-4, atol=1e-5, err_msg=name)
+        np.testing.assert_allclose(*arrays, rtol=1e-4, atol=3e-5, err_msg=name)
 
 
 # -------------------------------------------------------------------------------------------------- damaged checkpoints
