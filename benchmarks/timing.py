@@ -27,7 +27,7 @@ def measure(programs: Mapping[str, Callable[[], Any]], rounds: int = 9, warm_up:
     """
     times: Times = {name: [] for name in programs}
     for round in range(-warm_up, rounds):
-        for name in list(programs) if round % 2 else reversed(programs):
+        for name in list(programs)[:: 1 if round % 2 else -1]:
             start = time.perf_counter()
             jax.block_until_ready(programs[name]())
             if round >= 0:
