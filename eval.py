@@ -13,6 +13,7 @@ from pathlib import Path
 
 import jmoe
 from jmoe import config, recipe, sharding, training
+from jmoe.allocator import keep_freed_memory
 from jmoe.checkpoint import CheckpointError
 from jmoe.config import InputError, require
 from jmoe.data.pipeline import validation_batches
@@ -52,6 +53,7 @@ class Options:
 
 
 def main(argv: list[str]) -> int:
+    keep_freed_memory()
     run_dir, options = recipe.arguments(argv, Options(), name="RUN_DIR", meaning="the directory of a run")
     run = jmoe.load(run_dir, step=options.step)
     if options.prompt is not None:

@@ -12,6 +12,7 @@ import threading
 from dataclasses import dataclass
 
 from jmoe import recipe, sharding, training
+from jmoe.allocator import keep_freed_memory
 from jmoe.checkpoint import CheckpointError, Checkpoints
 from jmoe.config import require
 from jmoe.data import tokenizer
@@ -43,6 +44,7 @@ class TrainingError(RuntimeError):
 
 
 def main(argv: list[str]) -> int:
+    keep_freed_memory()
     _, config, options = recipe.parse(argv, Options(), default="configs/tiny.py")
     assert config.run_dir is not None  # `parse` fills it in
     with RunDirectory.open(config.run_dir) as run, contextlib.ExitStack() as stack:

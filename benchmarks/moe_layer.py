@@ -19,6 +19,7 @@ import numpy as np
 
 from benchmarks.timing import Figure, Times, measure, median, ratio, report
 from jmoe import config
+from jmoe.allocator import keep_freed_memory
 from jmoe.model.expert_parallel import local_experts
 from jmoe.model.experts import Experts
 from jmoe.ops.permute import plan, sum_slots
@@ -210,6 +211,7 @@ def main() -> None:
     parser.add_argument("--only", nargs="+", choices=BENCHMARKS, default=list(BENCHMARKS), help="parts to run")
     parser.add_argument("--json", type=Path, help="also write the figures to this file")
     arguments = parser.parse_args()
+    keep_freed_memory()  # as train.py does
     figures = [figure for name in arguments.only for figure in BENCHMARKS[name]()]
     report(f"MoE layer, forward + backward, d = f = {D}", figures, arguments.json)
 

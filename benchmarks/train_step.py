@@ -23,6 +23,7 @@ import numpy as np
 from benchmarks.huggingface import MISSING, Peer, unlocked_mkl
 from benchmarks.timing import Figure, measure, median, ratio, report
 from jmoe import training
+from jmoe.allocator import keep_freed_memory
 from jmoe.batch import Batch
 from jmoe.config import Config, Dense, FeedForward, LayerGroup, Mesh, Model, MoE, TopK
 from jmoe.sharding import make_mesh
@@ -116,6 +117,7 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=7)
     parser.add_argument("--json", type=Path)
     args = parser.parse_args()
+    keep_freed_memory()  # as train.py does
     if MISSING:
         print(f"{' and '.join(MISSING)} not installed (pip install jmoe[bench]): our own figures only")
     with tempfile.TemporaryDirectory() as folder:
