@@ -11,13 +11,14 @@ import sys
 import threading
 from dataclasses import dataclass
 
-from jmoe import recipe, sharding, training
+from jmoe import distributed, recipe, sharding, training
 from jmoe.allocator import keep_freed_memory
 from jmoe.checkpoint import CheckpointError, Checkpoints
-from jmoe.config import require
+from jmoe.config import InputError, require
 from jmoe.data import tokenizer
 from jmoe.data.pipeline import train_batches, validation_batches
 from jmoe.data.prepare import prepare
+from jmoe.distributed import AnyProcess, Distributed, together
 from jmoe.evaluation.perplexity import evaluate
 from jmoe.evaluation.routing_figure import plot_routing
 from jmoe.evaluation.routing_table import routing_table
@@ -37,6 +38,10 @@ class Options:
 
     allow_learning_rate_change: bool = False
     """go on with another learning rate or schedule than the run began with [switch]"""
+    print_sharding: bool = False
+    """print how the mesh splits each parameter, and end [switch]"""
+    distributed: Distributed = Distributed()
+    """the processes of several hosts, each with the same command"""
 
 
 class TrainingError(RuntimeError):
@@ -47,25 +52,34 @@ def main(argv: list[str]) -> int:
     keep_freed_memory()
     _, config, options = recipe.parse(argv, Options(), default="configs/tiny.py")
     assert config.run_dir is not None  # `parse` fills it in
+    distributed.start(options.distributed)
+    if options.print_sharding:
+        mesh = sharding.make_mesh(config.mesh)
+        state_shape = training.abstract_state(config, mesh)
+        print(sharding.sharding_table(state_shape.params, mesh))
+        return 0
     with RunDirectory.open(config.run_dir) as run, contextlib.ExitStack() as stack:
         # 1. Devices, model and text must fit together; all of it is known before anything is compiled.
-        mesh = sharding.make_mesh(config.mesh)
-        sharding.check_batch(config.batch_size, config.accumulation, mesh)
-        state_shape = training.abstract_state(config, mesh)
-        sharding.check_divisible(state_shape.params, mesh)
-        earlier = run.read_config()
-        if earlier is not None:
-            earlier = recipe.from_dict(earlier)
-            was, now = recipe.to_dict(earlier), recipe.to_dict(config)
-            check_resume(was, now, allow_learning_rate=options.allow_learning_rate_change)
-        text = tokenizer.load(config.data)
-        check_vocabulary(text, config)
-        train_data, validation_data = prepare(config.data, text, "train"), prepare(config.data, text, "validation")
+        with together(InputError):  # what one process lacks, no other waits for
+            mesh = sharding.make_mesh(config.mesh)
+            host, hosts = sharding.host_share(mesh)
+            sharding.check_batch(config.batch_size, config.accumulation, mesh)
+            state_shape = training.abstract_state(config, mesh)
+            sharding.check_divisible(state_shape.params, mesh)
+            earlier = run.read_config()
+            if earlier is not None:
+                earlier = recipe.from_dict(earlier)
+                was, now = recipe.to_dict(earlier), recipe.to_dict(config)
+                check_resume(was, now, allow_learning_rate=options.allow_learning_rate_change)
+            text = tokenizer.load(config.data)
+            check_vocabulary(text, config)
+            train_data, validation_data = prepare(config.data, text, "train"), prepare(config.data, text, "validation")
         fingerprints = {
             "tokenizer": text.fingerprint,
             **source_fingerprints("train", (source.fingerprint for source in train_data)),
             **source_fingerprints("validation", (source.fingerprint for source in validation_data)),
         }
+        distributed.check_same("configuration and text", [recipe.to_dict(config), fingerprints])
 
         # 2. Resume, or begin.
         checkpoints = Checkpoints(run.checkpoints, keep=config.checkpoint.keep, keep_every=config.checkpoint.keep_every)
@@ -88,8 +102,9 @@ def main(argv: list[str]) -> int:
         require(
             first <= config.steps, f"the run in {run.path} has taken {first} steps; --steps {config.steps} is too few"
         )
-        run.write_config(recipe.to_dict(config))
-        text.save(run.tokenizer)
+        if run.is_writer:
+            run.write_config(recipe.to_dict(config))
+            text.save(run.tokenizer)
         print(f"run directory {run.path}, {first} of {config.steps} steps taken")
         print(describe_model(config.model))
 
@@ -102,11 +117,13 @@ def main(argv: list[str]) -> int:
             seed=config.seed,
             start_step=first,
             workers=config.data.workers,
+            host=host,
+            hosts=hosts,
         )
         stack.enter_context(contextlib.closing(batches))
         run_log = stack.enter_context(contextlib.closing(RunLog(run, config, first)))
         metadata = {"config": recipe.to_dict(config), "fingerprints": fingerprints}
-        stop_requested = stack.enter_context(stop_signals())
+        stop_requested, on_any_process = stack.enter_context(stop_signals()), AnyProcess()
 
         def report(step, metrics):
             values = training.describe(config, metrics)
@@ -126,7 +143,7 @@ def main(argv: list[str]) -> int:
             if unreported:
                 report(*unreported)
             unreported = step, metrics
-            last, stopping = step == config.steps, stop_requested.is_set()
+            last, stopping = step == config.steps, on_any_process(stop_requested.is_set())
             validating = last or step % config.evaluation.every == 0
             saving = last or step % config.checkpoint.every == 0 or stopping
             if validating or saving:  # what a step logs is written before it is saved
@@ -139,10 +156,13 @@ def main(argv: list[str]) -> int:
                     batch_size=config.batch_size // config.accumulation,  # what fits in memory
                     seq_len=config.data.seq_len,
                     limit=limit and limit * config.accumulation,
+                    host=host,
+                    hosts=hosts,
                 )
                 values = evaluate(eval_step, state.params, held_out, validation_data, config, mesh)
                 run_log.validation(step, values)
-                plot_routing(run.metrics, run.routing)
+                if run.is_writer:
+                    plot_routing(run.metrics, run.routing)
             if saving:
                 items = training.checkpoint_items(state, fingerprints)
                 checkpoints.save(step, items, metadata=metadata)
@@ -154,7 +174,10 @@ def main(argv: list[str]) -> int:
         checkpoints.wait()
         run_log.close()
 
-        # 4. Report.
+        # 4. Report. All processes write the sample: it takes them all to hold the model.
+        sample = LanguageModel(config, state.params, text, config.steps).generate("", max_new_tokens=200)
+        if not run.is_writer:
+            return 0
         final = last_validation(run.metrics)
         print(f"\nrun directory    {run.path}")
         print(f"validation loss  {final['loss']:.4f} nats/token (unigram entropy {final['unigram_entropy']:.4f})")
@@ -164,8 +187,7 @@ def main(argv: list[str]) -> int:
         if skipped := int(state.skipped_total):
             print(f"skipped steps    {skipped}, for gradients that were not finite")
         print(routing_table(final))
-        print("\na sample:\n")
-        print(LanguageModel(config, state.params, text, config.steps).generate("", max_new_tokens=200))
+        print(f"\na sample:\n\n{sample}")
     return 0
 
 

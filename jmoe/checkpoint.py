@@ -10,7 +10,8 @@ A step counts once its manifest stands.
       damaged-300/         did not match its manifest when a run was resumed; kept for the owner to look at
       unfinished-100/      had no manifest when a run was resumed, and no good step was there beside it
 
-Several hosts may share the directory: each calls every method, and process 0 alone writes manifests, renames, removes.
+The processes of several hosts share the directory: each calls every method and writes its arrays. The first alone looks
+for damage, writes manifests, renames and removes; what it finds, and what fails on any, is told to all.
 """
 
 import hashlib
@@ -25,6 +26,7 @@ from typing import Any
 import jax
 from orbax.checkpoint import v1 as ocp
 
+from jmoe.distributed import from_first, together
 from jmoe.run_directory import sync_folder, write_json
 
 MANIFEST = "manifest.json"
@@ -113,7 +115,7 @@ class Checkpoints:
         Raises CheckpointError if the save before this one failed; this one is under way all the same.
         """
         failure = self._settle()
-        if step in self.steps():
+        if from_first(step in self.steps()):
             log.info("checkpoint of step %d is complete already", step)
         else:
             # Orbax copies arrays before it returns; on CPU its host view keeps a buffer from being donated instead.
@@ -121,19 +123,22 @@ class Checkpoints:
             flat = {name: leaves for name, tree in items.items() if (leaves := flatten(tree))}
             described = {name: _describe(leaves) for name, leaves in flat.items()}
             self._pending = self._writer.submit(self._finish, step, described, self._start(step, flat, metadata))
-        if failure:
-            raise failure
+        with together(CheckpointError):
+            if failure:
+                raise failure
 
     def wait(self) -> None:
         """Waits for the save under way. Raises CheckpointError if it failed."""
-        failure = self._settle()
-        if failure:
-            raise failure
+        with together(CheckpointError):
+            if failure := self._settle():
+                raise failure
 
     def close(self) -> None:
-        """Waits for the save under way and ends the background thread. Raises CheckpointError if the save failed."""
+        """Waits for the save under way and ends the background thread. Raises CheckpointError if the save failed on
+        this process; it may be the only one to close."""
         try:
-            self.wait()
+            if failure := self._settle():
+                raise failure
         finally:
             self._writer.shutdown()
 
@@ -206,11 +211,24 @@ class Checkpoints:
         Raises CheckpointError if checkpoints exist but none is good, if `step` is given and is not there or damaged,
         or if the arrays stored differ in name, shape or dtype from those asked for.
         """
-        if step is not None:
-            if reason := self._damage(step, abstract_items):
-                raise CheckpointError(f"step {step} in {self.directory}: {reason}; complete steps are {self.steps()}")
-            return step, self._load(step, abstract_items)
+        found = step
+        with together(CheckpointError):
+            if jax.process_index() == 0:
+                if step is None:
+                    found = self._newest_good(abstract_items, read_only)
+                elif reason := self._damage(step, abstract_items):
+                    raise CheckpointError(
+                        f"step {step} in {self.directory}: {reason}; complete steps are {self.steps()}"
+                    )
+        found = from_first(-1 if found is None else found)
+        if found < 0:
+            return None
+        with together(CheckpointError):
+            loaded = self._load(found, abstract_items)
+        return found, loaded
 
+    def _newest_good(self, abstract_items: dict[str, Any], read_only: bool) -> int | None:
+        """The newest good step, None if nothing was ever saved; unless `read_only`, it puts the directory in order."""
         candidates = self._directories()
         unfinished = candidates.pop() if candidates and self._is_unfinished(candidates[-1]) else None
         if unfinished is not None:
@@ -229,7 +247,7 @@ class Checkpoints:
                 f"none of the checkpoints in {self.directory} is good, and no run starts over: {reasons}"
             )
 
-        if not read_only and jax.process_index() == 0:
+        if not read_only:
             self._remove_leftovers()
             if unfinished is not None and good is None:
                 self._move_aside(unfinished, UNFINISHED)
@@ -237,7 +255,7 @@ class Checkpoints:
                 _discard(self.directory / str(unfinished))
             for bad in damaged:
                 self._move_aside(bad, DAMAGED)
-        return None if good is None else (good, self._load(good, abstract_items))
+        return good
 
     def metadata(self, step: int) -> dict[str, Any]:
         """What was given to `save` as `metadata`."""
@@ -283,7 +301,10 @@ class Checkpoints:
 
     def _load(self, step: int, abstract_items: dict[str, Any]) -> dict[str, Any]:
         path = self.directory / str(step)
-        stored = json.loads((path / ITEMS).read_bytes())
+        try:
+            stored = json.loads((path / ITEMS).read_bytes())
+        except FileNotFoundError as error:
+            raise CheckpointError(f"{path} is not there on this host; all hosts need one file system") from error
         wanted = {name: flatten(tree) for name, tree in abstract_items.items()}
         for name, leaves in wanted.items():
             _compare(stored.get(name, {}), _describe(leaves), f"{name} of step {step} in {self.directory}")

@@ -222,15 +222,16 @@ class RunLog:
     says to timing.jsonl.
 
     Args:
-      run: the directory of the run.
+      run: the directory of the run; left alone if it is another process's to write to.
       config: of the run.
       step: steps taken before this process began.
     """
 
     def __init__(self, run: RunDirectory, config: Config, step: int):
         self._config = config
-        self._metrics, self._timing = MetricsLog(run.metrics, step), MetricsLog(run.timing, step)
-        self._board = TensorBoard(run.tensorboard, step)
+        # Of several hosts' processes one has the directory.
+        self._records = [MetricsLog(run.metrics, step), TensorBoard(run.tensorboard, step)] if run.is_writer else []
+        self._timing = [MetricsLog(run.timing, step)] if run.is_writer else []
         self._progress = Progress(config.steps, step, config.batch_size * config.data.seq_len)
         self._began = time.perf_counter()
         self._speeds: list[float] = []
@@ -245,7 +246,8 @@ class RunLog:
         if speed := self._progress.tokens_per_second:
             self._speeds.append(speed)
             seconds = time.perf_counter() - self._began
-            self._timing.write({"step": step, "seconds": seconds, "tokens_per_second": speed})
+            for log in self._timing:
+                log.write({"step": step, "seconds": seconds, "tokens_per_second": speed})
 
     def validation(self, step: int, values: dict[str, Any]) -> None:
         """Logs a validation."""
@@ -260,12 +262,12 @@ class RunLog:
 
     def close(self) -> None:
         """Ends the bar and closes the files."""
-        for part in (self._progress, self._board, self._timing, self._metrics):
+        for part in (self._progress, *self._timing, *reversed(self._records)):
             part.close()
 
     def _write(self, record: dict[str, Any]) -> None:
-        self._metrics.write(record)
-        self._board.write(record)
+        for log in self._records:
+            log.write(record)
 
 
 def last_validation(path: Path) -> dict[str, Any]:

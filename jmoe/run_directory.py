@@ -17,7 +17,10 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any, TextIO
 
+import jax
+
 from jmoe.config import InputError, require
+from jmoe.distributed import together
 
 # Keys that may differ from those the run was started with: model, data and objective stay what they are. (More steps
 # stretch a schedule that ends with them, and another mesh adds in another order.)
@@ -29,7 +32,7 @@ LEARNING_RATE = ("optim.learning_rate", "optim.schedule")
 
 
 class RunDirectory:
-    """A run directory that this process alone writes to until it is closed; a context manager."""
+    """A run directory; one that was opened is this run's alone until it is closed, as a context manager does."""
 
     def __init__(self, path: Path, lock: TextIO | None = None):
         self.path = path
@@ -46,9 +49,20 @@ class RunDirectory:
     def open(cls, path: str | os.PathLike[str]) -> "RunDirectory":
         """Creates the directory if need be and locks it. The lock ends with the process, however that ends.
 
-        Raises InputError if it cannot be written to, or another process has it.
+        Of several hosts' processes the first holds the lock, and writes; all have to call this.
+        Raises InputError if the directory cannot be written to, another run has it, or a host does not see it.
         """
-        directory = Path(path)
+        with together(InputError):
+            run = cls._locked(Path(path)) if jax.process_index() == 0 else cls(Path(path))
+        with together(InputError):
+            require(
+                (run.path / "lock").exists(),
+                f"run directory {path} is not there on this host; it must lie on a file system that all hosts share",
+            )
+        return run
+
+    @classmethod
+    def _locked(cls, directory: Path) -> "RunDirectory":
         try:
             directory.mkdir(parents=True, exist_ok=True)
             lock = (directory / "lock").open("a+")
@@ -70,6 +84,11 @@ class RunDirectory:
         lock.write(f"{os.getpid()}\n")
         lock.flush()
         return cls(directory, lock)
+
+    @property
+    def is_writer(self) -> bool:
+        """Whether it is for this process to write here: it has the lock."""
+        return self._lock is not None
 
     def close(self) -> None:
         """Lets another process have the directory."""

@@ -6,8 +6,8 @@ else in jmoe names a mesh axis but `jmoe.model.expert_parallel`.
 
 import dataclasses
 import math
-from collections.abc import Mapping, Sequence
-from typing import Any
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any, NamedTuple
 
 import jax
 from flax import nnx
@@ -42,7 +42,7 @@ def make_mesh(sizes: config.Mesh, devices: Sequence[Any] | None = None) -> jax.s
       devices: the devices to use; all if None. More devices than the sizes need is allowed, the first are taken.
 
     Raises:
-      InputError: the sizes ask for more devices than there are, or do not divide them.
+      InputError: the sizes ask for more devices than there are, do not divide them, or leave out a host.
     """
     devices = jax.devices() if devices is None else devices
     shape = dataclasses.asdict(sizes)
@@ -57,6 +57,12 @@ def make_mesh(sizes: config.Mesh, devices: Sequence[Any] | None = None) -> jax.s
     needed = math.prod(shape.values())
     if needed > len(devices):
         raise InputError(f"mesh {shape} needs {needed} devices; there are {len(devices)}")
+    hosts = [len({device.process_index for device in some}) for some in (devices[:needed], devices)]
+    if hosts[0] < hosts[1]:
+        raise InputError(
+            f"mesh {shape} needs {needed} of {len(devices)} devices, and only {hosts[0]} of {hosts[1]} processes have "
+            "those; start fewer, or let one axis be -1"
+        )
     return jax.make_mesh(
         tuple(shape[axis] for axis in MESH_AXES),
         MESH_AXES,
@@ -103,27 +109,83 @@ def tree_shardings(tree: Any, mesh: jax.sharding.Mesh) -> Any:
     def of(node):
         if is_variable(node):
             return node.replace(NamedSharding(mesh, spec(*logical_axes(node))))
-        return NamedSharding(mesh, PartitionSpec())
+        return replicated(mesh)
 
     return jax.tree.map(of, tree, is_leaf=is_variable)
 
 
+class Dimension(NamedTuple):
+    """One dimension of a parameter, and how the mesh splits it."""
+
+    size: int
+    logical_axis: str
+    mesh_axes: tuple[str, ...]
+    parts: int
+
+
+def resolved(tree: Any, mesh: jax.sharding.Mesh) -> Iterator[tuple[str, list[Dimension], int]]:
+    """Each variable of a tree, by its dotted path: its dimensions, and the bytes of one element."""
+    for path, node in jax.tree_util.tree_leaves_with_path(tree, is_leaf=is_variable):
+        if is_variable(node):
+            dimensions = []
+            for size, axis, entry in zip(node.shape, logical_axes(node), spec(*logical_axes(node)), strict=True):
+                axes = entry if isinstance(entry, tuple) else (entry,) if entry else ()
+                dimensions.append(Dimension(size, axis, axes, math.prod(mesh.shape[a] for a in axes)))
+            yield jax.tree_util.keystr(path, simple=True, separator="."), dimensions, node.dtype.itemsize
+
+
+def sharding_table(tree: Any, mesh: jax.sharding.Mesh) -> str:
+    """The resolved shardings of a tree's variables as lines of text, one for each: its path (layers are stacked over
+    the repeats of their group), shape, logical axes, the mesh axes that split them, and the bytes that one device
+    holds. A dimension that cannot be split evenly is marked with an exclamation mark."""
+    rows, whole, share = [["parameter", "shape", "logical axes", "mesh axes", "bytes/device"]], 0, 0
+    for path, dimensions, itemsize in resolved(tree, mesh):
+        split = [
+            "*".join(f"{axis} {mesh.shape[axis]}" for axis in d.mesh_axes if mesh.shape[axis] > 1)
+            + (" !" if d.size % d.parts else "")
+            or "-"
+            for d in dimensions
+        ]
+        held = itemsize * math.prod(-(-d.size // d.parts) for d in dimensions)
+        whole, share = whole + itemsize * math.prod(d.size for d in dimensions), share + held
+        shape, axes = ([str(x) for x in column] for column in list(zip(*dimensions, strict=True))[:2] or ((), ()))
+        rows.append([path, *(", ".join(cells) for cells in (shape, axes, split)), f"{held:,}"])
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    lines = ["  ".join(map(str.ljust, row[:-1], widths)) + f"  {row[-1]:>{widths[-1]}}" for row in rows]
+    devices = " x ".join(f"{axis} {size}" for axis, size in mesh.shape.items())
+    return "\n".join([*lines, f"mesh {devices}: {share:,} bytes on each device, of {whole:,}"])
+
+
 def check_divisible(tree: Any, mesh: jax.sharding.Mesh) -> None:
     """Raises `InputError` if a parameter's dimension is not divisible by the devices it is to be split over."""
-
-    def check(path, node):
-        if not is_variable(node):
-            return
-        for size, axis, entry in zip(node.shape, logical_axes(node), spec(*logical_axes(node)), strict=True):
-            axes = entry if isinstance(entry, tuple) else (entry,) if entry else ()
-            parts = math.prod(mesh.shape[a] for a in axes)
+    for path, dimensions, _ in resolved(tree, mesh):
+        for size, axis, axes, parts in dimensions:
             if size % parts:
-                place = jax.tree_util.keystr(path, simple=True, separator=".")
                 raise InputError(
-                    f"{place}: its {axis} dimension of {size} is not divisible by mesh {'*'.join(axes)} = {parts}"
+                    f"{path}: its {axis} dimension of {size} is not divisible by mesh {'*'.join(axes)} = {parts}; "
+                    "--print-sharding shows how every parameter is split"
                 )
 
-    jax.tree_util.tree_map_with_path(check, tree, is_leaf=is_variable)
+
+def replicated(mesh: jax.sharding.Mesh) -> NamedSharding:
+    """Sharding of what every device holds whole, so that every host can read it."""
+    return NamedSharding(mesh, PartitionSpec())
+
+
+def host_share(mesh: jax.sharding.Mesh) -> tuple[int, int]:
+    """(host, hosts) for `jmoe.data.pipeline`: which share of each batch this process loads, and of how many.
+
+    Processes between which only `tensor` runs need the same rows: they have one share. Raises `InputError` where the
+    rows of two processes overlap in part.
+    """
+    rows: dict[int, set[int]] = {}
+    parts = math.prod(mesh.shape[axis] for axis in TABLE["batch"])
+    for device, (index,) in NamedSharding(mesh, spec("batch")).devices_indices_map((parts,)).items():
+        rows.setdefault(device.process_index, set()).add(index.start or 0)
+    shares = sorted({tuple(sorted(own)) for own in rows.values()})
+    if sum(map(len, shares)) != parts:
+        raise InputError(f"mesh {dict(mesh.shape)}: hosts share some of their rows; make tensor fit into a host")
+    return shares.index(tuple(sorted(rows[jax.process_index()]))), len(shares)
 
 
 def batch_sharding(mesh: jax.sharding.Mesh) -> NamedSharding:

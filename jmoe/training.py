@@ -14,7 +14,7 @@ from jmoe import config, optim
 from jmoe.batch import Batch
 from jmoe.loss import Sums, Totals, forward, hidden_states, loss_terms, totals
 from jmoe.model.transformer import RouterStates, Stats, Transformer, router_states, update_routers
-from jmoe.sharding import batch_sharding, tree_shardings
+from jmoe.sharding import batch_sharding, replicated, tree_shardings
 from jmoe.telemetry import describe_routing
 
 
@@ -154,10 +154,11 @@ class OnMesh:
 
 
 def make_train_step(settings: config.Config, mesh: jax.sharding.Mesh) -> OnMesh:
-    """`train_step` jitted for a mesh: (state, batch) → (state, metrics), the state donated, its shardings kept."""
+    """`train_step` jitted for a mesh: (state, batch) → (state, metrics), the state donated, its shardings kept; every
+    host can read the metrics."""
     shardings = jax.tree.map(lambda leaf: leaf.sharding, abstract_state(settings, mesh))
     step = partial(train_step, settings=settings)
-    return OnMesh(jax.jit(step, donate_argnums=0, out_shardings=(shardings, None)), mesh)
+    return OnMesh(jax.jit(step, donate_argnums=0, out_shardings=(shardings, replicated(mesh))), mesh)
 
 
 class EvalSums(NamedTuple):
@@ -178,7 +179,7 @@ def make_eval_step(settings: config.Config, mesh: jax.sharding.Mesh) -> OnMesh:
             (batch.segment_ids > 0).sum(dtype=jnp.float32),
         )
 
-    return OnMesh(jax.jit(eval_step), mesh)
+    return OnMesh(jax.jit(eval_step, out_shardings=replicated(mesh)), mesh)
 
 
 def describe(settings: config.Config, metrics: Metrics) -> dict[str, Any]:
