@@ -110,7 +110,7 @@ def test_two_processes_go_on_with_what_one_saved(one_process, scripts, tmp_path)
     (code, out, err), (other_code, other_out, _) = end(start(scripts, run_dir, "--data.workers", 2))
     assert (code, other_code) == (0, 0), err
     assert out.startswith(f"run directory {run_dir}, 8 of {STEPS} steps taken\n") and other_out == ""
-    assert len(out.split("a sample:\n\n")[1]) > 20
+    assert out.split("a sample:\n\n")[1].strip()
     assert saved_steps(run_dir) == saved_steps(one_process)
     assert_learnt_the_same(run_dir, one_process)
 
