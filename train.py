@@ -57,6 +57,7 @@ def main(argv: list[str]) -> int:
         mesh = sharding.make_mesh(config.mesh)
         state_shape = training.abstract_state(config, mesh)
         print(sharding.sharding_table(state_shape.params, mesh))
+        sharding.check_divisible(state_shape.params, mesh)
         return 0
     with RunDirectory.open(config.run_dir) as run, contextlib.ExitStack() as stack:
         # 1. Devices, model and text must fit together; all of it is known before anything is compiled.

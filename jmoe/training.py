@@ -65,9 +65,7 @@ def abstract_state(settings: config.Config, mesh: jax.sharding.Mesh) -> TrainSta
 
 def create_state(settings: config.Config, mesh: jax.sharding.Mesh) -> TrainState:
     """The state before the first step, each array created on the devices it is sharded over."""
-    shardings = jax.tree.map(lambda leaf: leaf.sharding, abstract_state(settings, mesh))
-    with jax.set_mesh(mesh):
-        return jax.jit(partial(init_state, settings), out_shardings=shardings)()
+    return make_init(settings, mesh)()
 
 
 def put_batch(batch: Batch, mesh: jax.sharding.Mesh) -> Batch:
@@ -151,6 +149,12 @@ class OnMesh:
     def __call__(self, *args: Any) -> Any:
         with jax.set_mesh(self.mesh):
             return self.jitted(*args)
+
+
+def make_init(settings: config.Config, mesh: jax.sharding.Mesh) -> OnMesh:
+    """`init_state` jitted for a mesh: () → state; no device holds more of an array than its part, even in passing."""
+    shardings = jax.tree.map(lambda leaf: leaf.sharding, abstract_state(settings, mesh))
+    return OnMesh(jax.jit(partial(init_state, settings), out_shardings=shardings), mesh)
 
 
 def make_train_step(settings: config.Config, mesh: jax.sharding.Mesh) -> OnMesh:

@@ -128,6 +128,9 @@ def test_stopped_killed_and_ended_by_one_process_on_another_mesh(one_process, sc
     (stopped,) = saved_steps(run_dir)
     assert 5 <= stopped < STEPS
     assert f"step {stopped} is saved, the same command goes on\n" in out
+    files = json.loads((run_dir / "checkpoints" / str(stopped) / "manifest.json").read_text())["files"]
+    sizes = [sum(s for name, (s, _) in files.items() if f"/ocdbt.process_{i}/d/" in name) for i in (0, 1)]
+    assert 0.8 < sizes[1] / sizes[0] < 1.25  # each wrote its half
 
     # SIGKILL to one: the other ends in the time that was set, and says why.
     processes = start(scripts, run_dir, "--checkpoint.every", 1)
