@@ -166,6 +166,18 @@ def test_the_final_report(trained):
     assert len(report.split("a sample:\n\n")[1].encode()) > 20
 
 
+def test_shardings_are_printed_and_nothing_else_is_done(scripts, tmp_path):
+    eight = {"XLA_FLAGS": "--xla_force_host_platform_device_count=8"}
+    flags = ("--print-sharding", "--mesh.data", 2, "--mesh.fsdp")
+    code, out, err = scripts.train(tmp_path / "run", *flags, 4, **eight)
+    assert (code, err) == (0, "")
+    assert re.search(r"^embedding +257, 16 +vocab, embed +-, fsdp 4 +4,112$", out, re.M)
+    code, out, err = scripts.train(tmp_path / "run", *flags, 3, "--mesh.data", 1, **eight)
+    assert code == 2 and re.search(r"^embedding +257, 16 +vocab, embed +-, fsdp 3 ! +6,168$", out, re.M)
+    assert re.fullmatch(r"error: .* dimension of \d+ is not divisible by mesh fsdp = 3; --print-sharding .*\n", err)
+    assert not (tmp_path / "run").exists()
+
+
 @pytest.mark.slow
 def test_a_finished_run_is_reported_again_and_left_alone(copy, scripts):
     before = content(copy)
