@@ -14,6 +14,7 @@ import sys
 import zlib
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -69,23 +70,21 @@ def start(options: Distributed) -> None:
     Raises InputError where `auto` finds nothing to ask.
     """
     jax.config.update("jax_enable_preemption_service", False)  # it would catch the SIGTERM that train.py waits for
-    timeouts = {"heartbeat_timeout_seconds": options.timeout, "shutdown_timeout_seconds": options.timeout}
+    initialize = partial(
+        jax.distributed.initialize,
+        heartbeat_timeout_seconds=options.timeout,
+        shutdown_timeout_seconds=options.timeout,
+    )
     if options.coordinator == "auto":
         try:
-            jax.distributed.initialize(**timeouts)
+            initialize()
         except ValueError as error:
             raise InputError(f"distributed.coordinator = auto: {error} Give HOST:PORT") from error
     elif options.coordinator is not None:
-        jax.distributed.initialize(
-            options.coordinator,
-            options.processes,
-            options.process,
-            cluster_detection_method="deactivate",
-            **timeouts,
-        )
+        initialize(options.coordinator, options.processes, options.process, cluster_detection_method="deactivate")
     elif _has_tpu():
         try:
-            jax.distributed.initialize(**timeouts)
+            initialize()
         except (ValueError, OSError) as error:  # outside of Google Cloud nobody knows of other hosts
             log.warning("this TPU host trains alone: %s", error)
     if jax.process_index() > 0:
