@@ -120,6 +120,7 @@ class Dimension(NamedTuple):
     size: int
     logical_axis: str
     mesh_axes: tuple[str, ...]
+    """those with more than one device"""
     parts: int
 
 
@@ -129,7 +130,8 @@ def resolved(tree: Any, mesh: jax.sharding.Mesh) -> Iterator[tuple[str, list[Dim
         if is_variable(node):
             dimensions = []
             for size, axis, entry in zip(node.shape, logical_axes(node), spec(*logical_axes(node)), strict=True):
-                axes = entry if isinstance(entry, tuple) else (entry,) if entry else ()
+                named = entry if isinstance(entry, tuple) else (entry,) if entry else ()
+                axes = tuple(name for name in named if mesh.shape[name] > 1)
                 dimensions.append(Dimension(size, axis, axes, math.prod(mesh.shape[a] for a in axes)))
             yield jax.tree_util.keystr(path, simple=True, separator="."), dimensions, node.dtype.itemsize
 
@@ -141,9 +143,7 @@ def sharding_table(tree: Any, mesh: jax.sharding.Mesh) -> str:
     rows, whole, share = [["parameter", "shape", "logical axes", "mesh axes", "bytes/device"]], 0, 0
     for path, dimensions, itemsize in resolved(tree, mesh):
         split = [
-            "*".join(f"{axis} {mesh.shape[axis]}" for axis in d.mesh_axes if mesh.shape[axis] > 1)
-            + (" !" if d.size % d.parts else "")
-            or "-"
+            "*".join(f"{axis} {mesh.shape[axis]}" for axis in d.mesh_axes) + (" !" if d.size % d.parts else "") or "-"
             for d in dimensions
         ]
         held = itemsize * math.prod(-(-d.size // d.parts) for d in dimensions)
