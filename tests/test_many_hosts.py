@@ -17,7 +17,7 @@ from jmoe.checkpoint import Checkpoints, flatten
 STEPS = 24
 MESH = ("--mesh.fsdp", 4, "--mesh.expert", 2)  # every parameter lies on both hosts
 COMMON = ("--batch-size", 8, "--checkpoint.keep", 6)
-LOST_AFTER = 8  # seconds
+LOST_AFTER = 15  # seconds
 
 
 def devices(number):
