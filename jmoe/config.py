@@ -483,17 +483,14 @@ class Loss:
 
 @dataclass(frozen=True)
 class Mesh:
-    """Sizes of the device mesh; -1 takes the devices that are left.
-
-    Experts are stored split, and gathered whole on every device for the time of their layer.
-    """
+    """Sizes of the device mesh; -1 takes the devices that are left."""
 
     data: int = 1
     """devices along which only the batch is split [devices]"""
     fsdp: int = 1
     """devices along which the batch and the parameters are split [devices]"""
     expert: int = 1
-    """devices along which the batch and the stored experts are split [devices]"""
+    """devices along which the batch and the experts are split; other parameters as by fsdp [devices]"""
     tensor: int = 1
     """devices along which heads, hidden features and the vocabulary are split [devices]"""
 
@@ -502,6 +499,53 @@ class Mesh:
         for name, size in sizes.items():
             require(size == -1 or size >= 1, f"mesh.{name} is {size}; it must be positive, or -1 for the devices left")
         require(list(sizes.values()).count(-1) <= 1, f"mesh {sizes}: only one axis can be -1")
+
+
+@dataclass(frozen=True)
+class Automatic:
+    """RaggedAllToAll where the platform has it (TPU, GPU), else AllToAll."""
+
+    capacity: float | None = None
+    """as in AllToAll"""
+
+    def __post_init__(self):
+        _check_capacity(self.capacity)
+
+
+@dataclass(frozen=True)
+class AllGather:
+    """Every device gets the tokens of all devices along mesh.expert, and adds its experts' share of their outputs."""
+
+
+@dataclass(frozen=True)
+class AllToAll:
+    """Each token is sent to the devices of its experts and its outputs come back, in messages of one size."""
+
+    capacity: float | None = None
+    """the most rows a device takes, over its share of all slots, those unused included; what is too much is dropped,
+    a token's lowest choices and the last tokens first, and counted. None to drop nothing: what is more than 1.25 times
+    the share takes further rounds [ratio]"""
+
+    def __post_init__(self):
+        _check_capacity(self.capacity)
+
+
+@dataclass(frozen=True)
+class RaggedAllToAll:
+    """The same in messages of the size that is needed; for TPU and GPU."""
+
+    capacity: float | None = None
+    """as in AllToAll"""
+
+    def __post_init__(self):
+        _check_capacity(self.capacity)
+
+
+def _check_capacity(capacity: float | None) -> None:
+    require(capacity is None or capacity > 0, f"transport.capacity is {capacity}; it must be positive, or None")
+
+
+Transport = Automatic | AllGather | AllToAll | RaggedAllToAll
 
 
 @dataclass(frozen=True)
@@ -558,6 +602,8 @@ class Config:
     """the training loss"""
     mesh: Mesh = field(default_factory=Mesh)
     """the devices"""
+    transport: Transport = Automatic()
+    """how tokens reach experts on other devices, along mesh.expert"""
     checkpoint: Checkpoint = field(default_factory=Checkpoint)
     """saving"""
     evaluation: Evaluation = field(default_factory=Evaluation)

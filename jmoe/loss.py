@@ -44,7 +44,9 @@ def totals(batch: Batch) -> Totals:
 def hidden_states(params: Transformer, batch: Batch, settings: config.Config) -> tuple[Array, Stats]:
     """Hidden states [B, S, D] and router statistics of a (micro-)batch."""
     place = Place(batch.segment_ids, batch.positions, batch.segment_ids, batch.positions)
-    hidden, stats, _ = params(batch.tokens, place, dtype=jnp.dtype(settings.dtype), remat=settings.remat)
+    hidden, stats, _ = params(
+        batch.tokens, place, dtype=jnp.dtype(settings.dtype), remat=settings.remat, transport=settings.transport
+    )
     return hidden, stats
 
 

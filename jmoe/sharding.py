@@ -21,13 +21,15 @@ MESH_AXES = ("data", "fsdp", "expert", "tensor")
 TABLE: Mapping[str, tuple[str, ...]] = {
     "batch": ("data", "fsdp", "expert"),
     "seq": (),
-    "embed": ("fsdp",),
+    "embed": ("fsdp", "expert"),
     "vocab": ("tensor",),
     "heads": ("tensor",),
     "kv_heads": ("tensor",),
     "head_dim": (),
     "mlp": ("tensor",),
     "expert": ("expert",),
+    # Experts of one width among others: too few to be shared out, so that each is split along `embed`.
+    "bucket": (),
     "router": (),
     "expert_mlp": ("tensor",),
     "layers": (),

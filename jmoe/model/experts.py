@@ -14,11 +14,11 @@ from jmoe.ops.routed_swiglu import ExpertWeights
 class Bucket(nnx.Module):
     """E experts of one width F, stacked."""
 
-    def __init__(self, E: int, D: int, F: int, std: float, key: PRNGKeyArray):
+    def __init__(self, E: int, D: int, F: int, std: float, axis: str, key: PRNGKeyArray):
         gate, up, down = jax.random.split(key, 3)
-        self.gate = parameter(normal(gate, (E, D, F), std), "expert", "embed", "expert_mlp")
-        self.up = parameter(normal(up, (E, D, F), std), "expert", "embed", "expert_mlp")
-        self.down = parameter(normal(down, (E, F, D), std), "expert", "expert_mlp", "embed")
+        self.gate = parameter(normal(gate, (E, D, F), std), axis, "embed", "expert_mlp")
+        self.up = parameter(normal(up, (E, D, F), std), axis, "embed", "expert_mlp")
+        self.down = parameter(normal(down, (E, F, D), std), axis, "expert_mlp", "embed")
 
 
 class Experts(nnx.Module):
@@ -27,8 +27,9 @@ class Experts(nnx.Module):
     def __init__(self, moe: config.MoE, model: config.Model, key: PRNGKeyArray):
         sizes = [(len(list(experts)), width) for width, experts in groupby(moe.expert_widths)]
         keys = jax.random.split(key, len(sizes))
+        axis = "expert" if len(sizes) == 1 else "bucket"
         self.buckets = nnx.List(
-            [Bucket(E, model.d_model, F, model.init_std, key) for (E, F), key in zip(sizes, keys, strict=True)]
+            [Bucket(E, model.d_model, F, model.init_std, axis, key) for (E, F), key in zip(sizes, keys, strict=True)]
         )
 
     def weights(self) -> tuple[ExpertWeights, ...]:

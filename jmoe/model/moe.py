@@ -41,14 +41,17 @@ class MoE(nnx.Module):
         self.identity = moe.identity_experts > 0
 
     def __call__(
-        self, x: Float[Array, "B S D"], valid: Bool[Array, "B S"]
+        self, x: Float[Array, "B S D"], valid: Bool[Array, "B S"], transport: config.Transport = config.Automatic()
     ) -> tuple[Float[Array, "B S D"], RouterStats]:
         """Returns the layer's output and the router's statistics over the `valid` tokens."""
         B, S, D = x.shape
         routing = self.router(x, valid)
         tokens = shard(x.reshape(B * S, D), "batch", None)
-        out = apply_experts(tokens, routing.expert_ids, routing.combine_weights, self.experts.weights())
+        out, dropped = apply_experts(
+            tokens, routing.expert_ids, routing.combine_weights, self.experts.weights(), transport
+        )
+        stats = routing.stats._replace(dropped=routing.stats.dropped + dropped)
         if self.identity:
             out += (routing.identity_weights[:, None] * tokens).astype(x.dtype)
         out = out.reshape(B, S, D)
-        return (out if self.shared is None else out + self.shared(x)), routing.stats
+        return (out if self.shared is None else out + self.shared(x)), stats

@@ -37,13 +37,13 @@ class Layer(nnx.Module):
                 self.feed_forward = MoE(feed_forward, model, feed_forward_key)
 
     def __call__(
-        self, x: Float[Array, "B S D"], place: Place, cache: Cache | None
+        self, x: Float[Array, "B S D"], place: Place, cache: Cache | None, transport: config.Transport
     ) -> tuple[Float[Array, "B S D"], RouterStats | None, Cache | None]:
         mixed, cache = self.attention(self.attention_norm(x), place, cache)
         x = shard(x + mixed, "batch", "seq", "embed")
         h, stats = self.feed_forward_norm(x), None
         if isinstance(self.feed_forward, MoE):
-            h, stats = self.feed_forward(h, place.segment_ids > 0)
+            h, stats = self.feed_forward(h, place.segment_ids > 0, transport)
         else:
             h = self.feed_forward(h)
         return shard(x + h, "batch", "seq", "embed"), stats, cache
@@ -76,6 +76,7 @@ class Transformer(nnx.Module):
         *,
         dtype: DTypeLike = jnp.float32,
         remat: Remat = "none",
+        transport: config.Transport = config.Automatic(),
         caches: Caches | None = None,
     ) -> tuple[Float[Array, "B S D"], Stats, Caches | None]:
         """Hidden states before the head.
@@ -85,6 +86,7 @@ class Transformer(nnx.Module):
           place: segments and positions; padding (segment 0) is routed to no expert.
           dtype: of the layers' arithmetic, float32 or bfloat16.
           remat: what the backward pass recomputes.
+          transport: how tokens reach experts on other devices.
           caches: keys and values of earlier tokens, as `empty_caches` makes them.
 
         Returns:
@@ -98,7 +100,7 @@ class Transformer(nnx.Module):
                 layers, layer_caches = scanned
                 stats, new_caches = [], []
                 for i, layer in enumerate(layers):
-                    x, layer_stats, cache = layer(x, place, None if layer_caches is None else layer_caches[i])
+                    x, layer_stats, cache = layer(x, place, layer_caches and layer_caches[i], transport)
                     stats.append(layer_stats)
                     new_caches.append(cache)
                 return x, (tuple(stats), tuple(new_caches))

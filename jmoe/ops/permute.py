@@ -8,6 +8,7 @@ is also the gradient of the gather by `order`, which is thus no scatter-add.
 from typing import NamedTuple
 
 import jax.numpy as jnp
+from jax import lax
 from jaxtyping import Array, Bool, Float, Int
 
 
@@ -43,6 +44,18 @@ def plan(expert_ids: Int[Array, "T K"], num_experts: int) -> Plan:
         inverse=inverse.reshape(expert_ids.shape),
         used=expert_ids < num_experts,
         group_sizes=jnp.bincount(flat, length=num_experts + 1)[:num_experts].astype(jnp.int32),
+    )
+
+
+def window(whole: Plan, start: int | Int[Array, ""], rows: int) -> Plan:
+    """The plan of the sorted rows from `start` on, at most `rows` of them; other slots are as if they had no expert."""
+    inverse = whole.inverse - start
+    ends = jnp.clip(jnp.cumsum(whole.group_sizes) - start, 0, rows)
+    return Plan(
+        order=lax.dynamic_slice_in_dim(jnp.pad(whole.order, (0, rows)), start, rows),
+        inverse=inverse,
+        used=whole.used & (0 <= inverse) & (inverse < rows),
+        group_sizes=jnp.diff(ends, prepend=0),
     )
 
 

@@ -56,22 +56,47 @@ def routed_swiglu(
     Returns:
       [T, D] in the dtype of `tokens`; products and sums are accumulated in float32.
     """
-    return _forward(tokens, combine_weights, plan, buckets)[0]
+    return forward(tokens, combine_weights, plan, buckets)[0]
 
 
-def _forward(tokens, combine_weights, plan, buckets):
-    inputs = tokens, combine_weights, plan, buckets
-    out, gate, up = lax.platform_dependent(*inputs, cpu=_blocked_forward, default=_grouped_forward)
+def forward(
+    tokens: Float[Array, "T D"],
+    combine_weights: Float[Array, "T K"],
+    plan: Plan,
+    buckets: tuple[ExpertWeights, ...],
+) -> tuple[Float[Array, "T D"], Float[Array, "R F"], Float[Array, "R F"]]:
+    """`routed_swiglu`, and the gate and up projections of the sorted rows, which `backward` wants: F of the widest,
+    R = T·K and a block more."""
+    return lax.platform_dependent(
+        tokens, combine_weights, plan, buckets, cpu=_blocked_forward, default=_grouped_forward
+    )
+
+
+def backward(
+    tokens: Float[Array, "T D"],
+    combine_weights: Float[Array, "T K"],
+    plan: Plan,
+    buckets: tuple[ExpertWeights, ...],
+    gate: Float[Array, "R F"],
+    up: Float[Array, "R F"],
+    d_out: Float[Array, "T D"],
+) -> tuple[Float[Array, "T D"], Float[Array, "T K"], tuple[ExpertWeights, ...]]:
+    """Gradients to tokens, combine weights and buckets, from the arguments and results of `forward`."""
+    d_rows, d_row_weights, d_buckets = lax.platform_dependent(
+        tokens, combine_weights, plan, buckets, gate, up, d_out, cpu=_blocked_backward, default=_grouped_backward
+    )
+    d_combine_weights = jnp.where(plan.used, d_row_weights[plan.inverse], 0)
+    return sum_slots(d_rows, plan.inverse, plan.used), d_combine_weights, d_buckets
+
+
+def _forward(*inputs):
+    out, gate, up = forward(*inputs)
     return out, (*inputs, gate, up)
 
 
 def _backward(residuals, d_out):
-    d_rows, d_row_weights, d_buckets = lax.platform_dependent(
-        *residuals, d_out, cpu=_blocked_backward, default=_grouped_backward
-    )
-    plan = residuals[2]
-    d_combine_weights = jnp.where(plan.used, d_row_weights[plan.inverse], 0)
-    return sum_slots(d_rows, plan.inverse, plan.used), d_combine_weights, None, d_buckets
+    d_tokens, d_combine_weights, d_buckets = backward(*residuals, d_out)
+    return d_tokens, d_combine_weights, None, d_buckets
 
 
 routed_swiglu.defvjp(_forward, _backward)
