@@ -249,24 +249,26 @@ class Exchanged:
         """The slots in the order of the rows. For later rounds kept apart, lest rows be kept that are not needed."""
         return self.plan.order if isinstance(r, int) else lax.optimization_barrier((self.plan.order, r))[0]
 
-    def _rows(self, r):
-        """The row that goes to each place of the messages; past the last one for none."""
-        first, size, _ = self.message(r)
-        i = jnp.arange(self.rows // self.devices)[None]
-        row = (self.begin + first)[self.me][:, None] + i
-        return jnp.where(i < size[self.me][:, None], row, self.plan.order.size).reshape(-1)
-
     def send(self, r, rows, fill=0):
-        messages = rows.at[self._rows(r)].get(mode="fill", fill_value=fill)
-        return lax.all_to_all(messages, "expert", 0, 0, tiled=True)
+        """What the devices along expert have for this one: [rows of a round, ...], `fill` in the places left."""
+        return lax.all_to_all(rows.at[self._places(r)].get(mode="fill", fill_value=fill), "expert", 0, 0, tiled=True)
 
     def give_back(self, r, rows, to):
+        """The way back of `send`: rows [R, ...] in the order of `plan` with those that were sent written into `to`."""
         messages = lax.all_to_all(rows, "expert", 0, 0, tiled=True)
-        return to.at[self._rows(r)].set(messages, mode="drop", unique_indices=True)
+        return to.at[self._places(r)].set(messages, mode="drop", unique_indices=True)
+
+    def _places(self, r):
+        """The row in each place of the messages."""
+        first, size, where = self.message(r)
+        return _segments(self.rows, where[:, 0], size[self.me], (self.begin + first)[self.me], self.plan.order.size)
 
 
 class RaggedExchanged(Exchanged):
-    """The same in messages of the size that is needed: they share the buffer of the device that they go to."""
+    """The same in messages of the size that is needed: they share the buffer of the device that they go to.
+
+    One number a row would take the space of 128 on TPU, so numbers are gathered by every device instead.
+    """
 
     def _rounds(self):
         return -(-self.counts.sum(0).max() // self.rows)
@@ -278,14 +280,35 @@ class RaggedExchanged(Exchanged):
 
     def send(self, r, rows, fill=0):
         first, size, where = self.message(r)
+        row = self.begin + first
+        if rows.ndim == 1:
+            of_all = lax.all_gather(rows, "expert", tiled=True)
+            parts = jnp.arange(self.devices) * rows.size
+            place = _segments(self.rows, where[:, self.me], size[:, self.me], row[:, self.me] + parts, of_all.size)
+            return of_all.at[place].get(mode="fill", fill_value=fill)
         buffer = jnp.full((self.rows, *rows.shape[1:]), fill, rows.dtype)
-        offsets = (self.begin + first)[self.me], size[self.me], where[self.me], size[:, self.me]
+        offsets = row[self.me], size[self.me], where[self.me], size[:, self.me]
         return lax.ragged_all_to_all(rows, buffer, *offsets, axis_name="expert")
 
     def give_back(self, r, rows, to):
         first, size, where = self.message(r)
-        offsets = where[:, self.me], size[:, self.me], (self.begin + first)[:, self.me], size[self.me]
+        row = self.begin + first
+        if rows.ndim == 1:
+            of_all = lax.all_gather(rows, "expert", tiled=True)
+            parts = jnp.arange(self.devices) * self.rows
+            place = _segments(to.size, row[self.me], size[self.me], where[self.me] + parts, of_all.size)
+            return jnp.where(place < of_all.size, of_all.at[place].get(mode="clip"), to)
+        offsets = where[:, self.me], size[:, self.me], row[:, self.me], size[self.me]
         return lax.ragged_all_to_all(rows, to, *offsets, axis_name="expert")
+
+
+def _segments(length: int, start: Array, size: Array, source: Array, none: int) -> Array:
+    """An index for each of `length` places: segment i is the `size[i]` places from `start[i]` on, whose indices count
+    from `source[i]` on; `none` outside of the segments."""
+    offset = jnp.arange(length)[:, None] - start[None]
+    inside = (offset >= 0) & (offset < size[None])
+    index = jnp.sum(jnp.where(inside, source[None] + offset, 0), axis=1)
+    return jnp.where(inside.any(1), index, none)
 
 
 def _transport(layout: Layout, expert_ids: Array) -> Gathered | Exchanged:
@@ -352,7 +375,9 @@ def _swiglu(layout, own, x, weights, plan):
 
     def padded(f, *inputs):
         out, *projections = f(*inputs)
-        return out, *(jnp.pad(p, [(0, to - size) for to, size in zip(common, p.shape, strict=True)]) for p in projections)
+        return out, *(
+            jnp.pad(p, [(0, to - size) for to, size in zip(common, p.shape, strict=True)]) for p in projections
+        )
 
     return lax.switch(lax.axis_index("expert"), [partial(padded, f) for f in devices], own, x, weights, plan)
 
@@ -403,7 +428,9 @@ def _forward(layout, tokens, expert_ids, combine_weights, buckets):
             return out, (x, *routing, gate, up)
 
         out, kept = compute(0)
-        out = _rounds(transport, lambda r, so_far: transport.collect(r, compute(r)[0], so_far), transport.collect(0, out))
+        out = _rounds(
+            transport, lambda r, so_far: transport.collect(r, compute(r)[0], so_far), transport.collect(0, out)
+        )
         dropped = lax.psum(jnp.float32(transport.dropped), ("data", "fsdp"))
         return lax.psum(transport.per_token(out), "tensor"), dropped, kept
 
