@@ -24,6 +24,7 @@ from jmoe.evaluation.routing_figure import plot_routing
 from jmoe.evaluation.routing_table import routing_table
 from jmoe.language_model import LanguageModel, check_vocabulary
 from jmoe.metrics import RunLog, last_step, last_validation
+from jmoe.model.expert_parallel import check_experts
 from jmoe.run_directory import RunDirectory, check_fingerprints, check_resume, source_fingerprints
 from jmoe.telemetry import describe_model
 
@@ -65,6 +66,7 @@ def main(argv: list[str]) -> int:
             mesh = sharding.make_mesh(config.mesh)
             host, hosts = sharding.host_share(mesh)
             sharding.check_batch(config.batch_size, config.accumulation, mesh)
+            check_experts(config, mesh)
             state_shape = training.abstract_state(config, mesh)
             sharding.check_divisible(state_shape.params, mesh)
             earlier = run.read_config()

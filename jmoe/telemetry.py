@@ -89,7 +89,7 @@ def describe_layer(moe: config.MoE, d_model: int, mean: RouterStats, state: Rout
       experts_per_token: routed experts alone.
       experts_per_token_histogram: shares of the tokens that go to 0, 1, ... K routed experts.
       identity_per_token: identity experts; None where there are none.
-      dropped_per_token: assignments left out for want of a slot.
+      dropped_per_token: assignments left out for want of a slot, or of capacity on the expert's device.
       activated_expert_parameters: of the routed experts that a token goes to, and of the shared expert.
       load: share of the assignments of each choice, identity experts last. Balance is told by its coefficient of
       variation (load_cv), its highest value over its mean (load_max_over_mean) and the choices of less than a hundredth

@@ -89,6 +89,14 @@ def resolve(transport: config.Transport, mesh: jax.sharding.Mesh | jax.sharding.
     return transport
 
 
+def check_experts(settings: config.Config, mesh: jax.sharding.Mesh) -> None:
+    """Raises `InputError` if the transport is not for the mesh, or a layer's experts cannot be shared out on it."""
+    resolve(settings.transport, mesh)
+    for feed_forward in (layer for group in settings.model.layers for layer in group.pattern):
+        if isinstance(feed_forward, config.MoE):
+            place(feed_forward.expert_widths, mesh.shape["expert"])
+
+
 @cache
 def place(widths: tuple[int, ...], devices: int) -> tuple[tuple[int, ...], ...]:
     """The experts of each device: neighbours if all are of one width, else so that the sums of widths are about equal

@@ -34,7 +34,7 @@ class RouterStats(NamedTuple):
     sequence_balance: Array
     """float32 scalar: load-balance loss of each sequence times its tokens, summed."""
     dropped: Array
-    """float32 scalar: assignments left out for want of a slot."""
+    """float32 scalar: assignments left out for want of a slot, or of capacity on the expert's device."""
 
 
 class Routing(NamedTuple):

@@ -54,7 +54,7 @@ def window(whole: Plan, start: int | Int[Array, ""], rows: int) -> Plan:
     return Plan(
         order=lax.dynamic_slice_in_dim(jnp.pad(whole.order, (0, rows)), start, rows),
         inverse=inverse,
-        used=whole.used & (0 <= inverse) & (inverse < rows),
+        used=whole.used & (inverse >= 0) & (inverse < rows),
         group_sizes=jnp.diff(ends, prepend=0),
     )
 
