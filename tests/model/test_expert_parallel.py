@@ -12,8 +12,9 @@ from jax.sharding import NamedSharding
 from jmoe import config
 from jmoe.config import AllGather, AllToAll, Automatic, InputError, Mesh, RaggedAllToAll
 from jmoe.model import expert_parallel
-from jmoe.model.expert_parallel import Layout, _transport, apply_experts, place, resolve
+from jmoe.model.expert_parallel import apply_experts
 from jmoe.model.experts import Experts
+from jmoe.model.transport import Layout, make_transport, place, resolve
 from jmoe.sharding import make_mesh, spec, tree_shardings
 
 T, K, D = 64, 3, 16
@@ -140,7 +141,7 @@ def test_balanced_loads_take_one_round(devices, ragged, transport):
 
     def rounds(routing):
         layout = Layout(transport(), (12,) * 8, place((12,) * 8, 4), 1)
-        count = lambda ids: _transport(layout, ids).rounds.reshape(1)  # noqa: E731
+        count = lambda ids: make_transport(layout, ids).rounds.reshape(1)  # noqa: E731
         _, _, expert_ids, *_ = arguments(LAYERS["equal"], routing)
         with jax.set_mesh(make_mesh(MESHES[0])):
             by_token = spec("batch", None)
