@@ -142,8 +142,9 @@ def _swiglu(layout, own, x, weights, plan):
     return lax.switch(lax.axis_index("expert"), [partial(padded, f) for f in devices], own, x, weights, plan)
 
 
-def _swiglu_backward(layout, own, x, weights, plan, gate, up, d_out):
-    """`routed_swiglu.backward` with this device's experts."""
+def _swiglu_backward(layout, own, kept, d_out):
+    """`routed_swiglu.backward` with this device's experts; kept are the other arguments and results of `_swiglu`."""
+    x, weights, plan, gate, up = kept
     if layout.uniform:
         return ops.backward(x, weights, plan, own, gate, up, d_out)
 
@@ -169,12 +170,13 @@ def _on_mesh(layout, tokens, expert_ids, combine_weights, buckets):
 def _mapped(f, buckets, in_specs, out_specs):
     """Under `shard_map`; in the specs a letter stands for arrays by token, weights, residuals, or a sum over all."""
     axis = "expert" if len(buckets) == 1 else "bucket"
-    up, down = spec(axis, "embed", "expert_mlp"), spec(axis, "expert_mlp", "embed")
+    up: Any = spec(axis, "embed", "expert_mlp")
+    down: Any = spec(axis, "expert_mlp", "embed")
     specs: dict[str, Any] = {"t": spec("batch", None), "r": PartitionSpec(MESH_AXES), "s": PartitionSpec()}
     specs["w"] = tuple(ExpertWeights(up, up, down) for _ in buckets)
-    given = {"in_specs": tuple(specs[s] for s in in_specs), "out_specs": tuple(specs[s] for s in out_specs)}
+    in_specs, out_specs = (tuple(specs[letter] for letter in letters) for letters in (in_specs, out_specs))
     # Unchecked, since Pallas kernels do not say over which axes their results vary.
-    return jax.shard_map(f, **given, check_vma=False)
+    return jax.shard_map(f, in_specs=in_specs, out_specs=out_specs, check_vma=False)
 
 
 def _forward(layout, tokens, expert_ids, combine_weights, buckets):
@@ -208,7 +210,7 @@ def _backward(layout, residuals, cotangents):
         own, pullback = jax.vjp(partial(_own, layout), rounded)
 
         def compute(r, kept):
-            return _swiglu_backward(layout, own, *kept, transport.deliver(r, d_out))
+            return _swiglu_backward(layout, own, kept, transport.deliver(r, d_out))
 
         def further(r, so_far):
             x, routing = transport.deliver(r, tokens), transport.routing(r, combine_weights)

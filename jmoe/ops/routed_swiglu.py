@@ -95,7 +95,8 @@ def _forward(*inputs):
 
 
 def _backward(residuals, d_out):
-    d_tokens, d_combine_weights, d_buckets = backward(*residuals, d_out)
+    tokens, combine_weights, plan, buckets, gate, up = residuals
+    d_tokens, d_combine_weights, d_buckets = backward(tokens, combine_weights, plan, buckets, gate, up, d_out)
     return d_tokens, d_combine_weights, None, d_buckets
 
 
