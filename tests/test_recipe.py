@@ -32,6 +32,7 @@ from jmoe.config import (
     Model,
     MoE,
     Nucleus,
+    RaggedAllToAll,
     TokenizerFile,
     TopK,
 )
@@ -49,6 +50,7 @@ MIXED = Config(
     ),
     optim=AdamW(learning_rate=1 / 3, schedule=WSD(shape="linear")),
     mesh=Mesh(data=-1),
+    transport=RaggedAllToAll(1.25),
     checkpoint=Checkpoint(keep_every=7),
     dtype="bfloat16",
     run_dir="runs/ü",

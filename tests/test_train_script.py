@@ -441,6 +441,8 @@ def main(scripts, monkeypatch):
         ("--mesh.data 8", "batch_size = 4 is not divisible by accumulation * mesh data*fsdp*expert = 1 * 8"),
         ("--mesh.data 2 --mesh.fsdp 2 --accumulation 2", "accumulation * mesh data*fsdp*expert = 2 * 4"),
         ("--mesh.data 99", "needs 99 devices; there are 8"),
+        ("--mesh.expert 2 --transport RaggedAllToAll", "transport is RaggedAllToAll, which CPUs lack; AllToAll"),
+        ("--transport.capacity 0", "transport.capacity is 0.0; it must be positive, or None"),
         ("--mesh.tensor 5", "dimension of 257 is not divisible by mesh tensor = 5"),
         ("--steps 3", "optim.schedule.warmup_steps = 4 is more than steps = 3"),
         ("--model.vocab-size 256", "model.vocab_size = 256 is too small: the tokenizer has 257 ids"),
