@@ -506,7 +506,7 @@ class Automatic:
     """RaggedAllToAll where the platform has it (TPU, GPU), else AllToAll."""
 
     capacity: float | None = None
-    """as in AllToAll"""
+    """as in AllToAll [ratio]"""
 
     def __post_init__(self):
         _check_capacity(self.capacity)
@@ -535,7 +535,7 @@ class RaggedAllToAll:
     """The same in messages of the size that is needed; for TPU and GPU."""
 
     capacity: float | None = None
-    """as in AllToAll"""
+    """as in AllToAll [ratio]"""
 
     def __post_init__(self):
         _check_capacity(self.capacity)
