@@ -24,6 +24,7 @@ from jmoe import config, flops, hlo, recipe, sharding, training
 from jmoe.batch import Batch
 from jmoe.chips import CHIPS, Chip
 from jmoe.config import InputError, require
+from jmoe.ops import splash_attention
 
 
 @dataclass(frozen=True)
@@ -153,11 +154,11 @@ def report(settings: config.Config, topology: str) -> Report:
     memory["gradients and activations"] = sizes.temp_size_in_bytes
     memory["results not in place"] = sizes.output_size_in_bytes - sizes.alias_size_in_bytes
     memory["program"] = sizes.generated_code_size_in_bytes
-    work = hlo.work(program.as_text())
+    work = hlo.work(program.as_text(), {"splash": splash_attention.kernel_flops})
     tokens = settings.batch_size * settings.data.seq_len / mesh.size
     return Report(
         **basic,
-        fits=sum(memory.values()) <= chip.hbm,
+        fits=bool(sum(memory.values()) <= chip.hbm),
         memory=memory,
         tokens=tokens,
         model_flops=tokens * model_flops(settings),
@@ -179,9 +180,9 @@ def model_flops(settings: config.Config) -> float:
 
 
 def estimate(work: hlo.Work, chip: Chip) -> dict[str, float]:
-    """Seconds of a step by part: the compiler's own estimate for its fusions, the only one it gives; kernels at the peak
-    of the chip, collectives at that of its links. The parts may overlap or not: a step lies between the longest and the
-    sum, and neither counts what the compiler does not."""
+    """Seconds of a step by part: the compiler's own estimate for its fusions, the only one it gives; kernels at the
+    chip's peak, collectives at that of its links. The parts may overlap or not: a step lies between the longest and
+    their sum, if kernels and links reach their peaks."""
     return {
         "fusions": work.cycles / chip.clock,
         "kernels": sum(work.kernels.values()) / chip.flops,

@@ -1,7 +1,7 @@
 """What the makers publish of each TPU chip: the one table of it.
 
-Source: Google Cloud's page of each chip (docs.cloud.google.com/tpu/docs/v4, v5e, v5p, v6e, tpu7x; read in 2026). They give
-the interconnect as the sum of both directions; here it is what a chip can send, half of that.
+Source: Google Cloud's page of each chip (docs.cloud.google.com/tpu/docs/v4, v5e, v5p, v6e, tpu7x). They give the
+interconnect as the sum of both directions; here it is what a chip can send, half of that.
 """
 
 from typing import NamedTuple

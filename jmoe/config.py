@@ -473,7 +473,7 @@ class Loss:
     """load_balance_loss with each expert's share times its width over the mean width (arXiv 2408.10681)
     [coefficient]"""
     chunk_tokens: int = 4096
-    """logits are held for this many tokens at a time [tokens]"""
+    """logits are held for this many tokens at a time, on each device [tokens]"""
 
     def __post_init__(self):
         for name, value in dataclasses.asdict(self).items():

@@ -1,8 +1,8 @@
 """Reading the text of a compiled TPU program: how much work, and how many bytes between devices, one run of it is.
 
-XLA's own `cost_analysis` counts the body of a loop once. Here each instruction counts as often as it runs: a loop's trip
-count stands in its condition, a comparison of a counter with a constant. Of the branches of a condition the costlier
-counts. Pallas kernels are counted by the estimate that they carry; `KERNELS` has those that carry none.
+XLA's own `cost_analysis` counts the body of a loop once. Here each instruction counts as often as it runs: a loop's
+trip count stands in its condition, a comparison of a counter with a constant. Of the branches of a condition the
+costlier counts. Pallas kernels are counted by the estimate that they carry, or by a function that the caller has.
 """
 
 import math

@@ -2,7 +2,9 @@
 
 from typing import Any, NamedTuple
 
+import jax
 import jax.numpy as jnp
+from jax.sharding import PartitionSpec
 from jaxtyping import Array
 
 from jmoe import config
@@ -11,6 +13,7 @@ from jmoe.model import balance
 from jmoe.model.attention import Place
 from jmoe.model.transformer import Stats, Transformer
 from jmoe.ops.cross_entropy import cross_entropy
+from jmoe.sharding import TABLE
 
 
 class Sums(NamedTuple):
@@ -53,9 +56,30 @@ def hidden_states(params: Transformer, batch: Batch, settings: config.Config) ->
 def forward(params: Transformer, batch: Batch, settings: config.Config) -> Sums:
     """Runs the model on a (micro-)batch and returns its sums."""
     hidden, stats = hidden_states(params, batch, settings)
-    sums: Any = cross_entropy(hidden, params.head_weight(), batch.targets, batch.loss_mask, settings.loss.chunk_tokens)
-    nll, z_squared = sums
+    nll, z_squared = _cross_entropy(hidden, params.head_weight(), batch, settings.loss.chunk_tokens)
     return Sums(nll, z_squared, stats)
+
+
+def _cross_entropy(hidden: Array, head: Array, batch: Batch, chunk_tokens: int) -> tuple[Any, Any]:
+    """`cross_entropy` on the mesh in use, each device with its own rows: the head is gathered and its gradient summed
+    once, not for every chunk."""
+    mesh = jax.sharding.get_abstract_mesh()
+    if mesh.empty or mesh.size == 1:
+        sums: Any = cross_entropy(hidden, head, batch.targets, batch.loss_mask, chunk_tokens)
+        return sums
+
+    def on_device(*arrays):
+        return tuple(part[None] for part in cross_entropy(*arrays, chunk_tokens))
+
+    by_row, whole = PartitionSpec(TABLE["batch"]), PartitionSpec()
+    parts = jax.shard_map(
+        on_device,
+        in_specs=(by_row, whole, by_row, by_row),
+        out_specs=by_row,
+        axis_names=set(TABLE["batch"]),  # not tensor, which splits the vocabulary
+        check_vma=False,
+    )(hidden, head.astype(hidden.dtype), batch.targets, batch.loss_mask)
+    return tuple(part.sum() for part in parts)
 
 
 def loss_terms(sums: Sums, counts: Stats, total: Totals, settings: config.Config) -> tuple[Array, dict[str, Any]]:

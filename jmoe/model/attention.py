@@ -11,7 +11,7 @@ from jmoe import config
 from jmoe.model.layers import RMSNorm, normal, parameter, rotate
 from jmoe.ops.attention import attention
 from jmoe.ops.matmul import matmul
-from jmoe.sharding import shard
+from jmoe.sharding import shard, spec
 
 
 class Cache(NamedTuple):
@@ -68,8 +68,25 @@ class Attention(nnx.Module):
                 jax.lax.dynamic_update_slice_in_dim(cache.values, v, place.start, axis=1),
             )
             k, v = cache
-        mixed = attention(q, k, v, place.segment_ids, place.key_segment_ids, place.positions, place.key_positions)
+        mixed = attend(q, k, v, place)
         return from_heads(mixed, self.out[...]), cache
+
+
+def attend(
+    q: Float[Array, "B S N H"], k: Float[Array, "B L G H"], v: Float[Array, "B L G H"], place: Place
+) -> Float[Array, "B S N H"]:
+    """`attention` on the mesh in use, each device with its own rows and heads: XLA cannot split a Pallas kernel."""
+    places = place.segment_ids, place.key_segment_ids, place.positions, place.key_positions
+    mesh = jax.sharding.get_abstract_mesh()
+    if mesh.empty or mesh.size == 1:
+        return attention(q, k, v, *places)
+    rows = spec("batch", "seq")
+    queries, keys = (spec("batch", "seq", heads, "head_dim") for heads in ("heads", "kv_heads"))
+    # Unchecked, since Pallas kernels do not say over which axes their results vary.
+    on_device = jax.shard_map(
+        attention, in_specs=(queries, keys, keys, rows, rows, rows, rows), out_specs=queries, check_vma=False
+    )
+    return on_device(q, k, v, *places)
 
 
 def to_heads(x: Float[Array, "B S D"], weight: Float[Array, "D N H"]) -> Float[Array, "B S N H"]:

@@ -12,6 +12,8 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
+from jmoe.ops import splash_attention
+
 MIN_BLOCK, MAX_BLOCKS = 128, 8
 
 _einsum = partial(jnp.einsum, preferred_element_type=jnp.float32)
@@ -59,7 +61,59 @@ def attention(
 @jax.custom_vjp
 def _attention(queries, keys, values, of_queries, of_keys):
     """For queries [B, S, G, n, H], n query heads for each of the G key heads."""
-    return _forward(queries, keys, values, of_queries, of_keys)[0]
+    return _either_forward(queries, keys, values, of_queries, of_keys)[0]
+
+
+# On TPU the kernels take over where the keys are the queries' own and blocks fit. They keep the same residuals, what
+# they know of the softmax in the place and shape of the log partition.
+
+
+def _splash_applies(queries, keys):
+    return queries.shape[1] == keys.shape[1] and splash_attention.supports(keys.shape[1])
+
+
+def _either_forward(*inputs):
+    if not _splash_applies(*inputs[:2]):
+        return _forward(*inputs)
+    shape = jax.eval_shape(_forward, *inputs)[1][-1].shape
+
+    def splash(queries, keys, values, of_queries, of_keys):
+        B, S, G, n, H = queries.shape
+        rows = queries.reshape(B, S, G * n, H), keys, values, of_queries.segments
+        out, log_partition = splash_attention.forward(*rows)
+        return out.reshape(queries.shape), log_partition.reshape(shape)
+
+    def blocked(*inputs):
+        out, residuals = _forward(*inputs)
+        return out, residuals[-1]
+
+    out, log_partition = jax.lax.platform_dependent(*inputs, tpu=splash, default=blocked)
+    return out, (*inputs, out, log_partition)
+
+
+def _either_backward(residuals, d_out):
+    if not _splash_applies(*residuals[:2]):
+        return _backward(residuals, d_out)
+
+    def splash(residuals, d_out):
+        queries, keys, values, of_queries, _, out, log_partition = residuals
+        B, S, G, n, H = queries.shape
+        whole = B, S, G * n, H
+        d_queries, d_keys, d_values = splash_attention.backward(
+            queries.reshape(whole),
+            keys,
+            values,
+            of_queries.segments,
+            out.reshape(whole),
+            log_partition.reshape(B, G * n, S),
+            d_out.reshape(whole),
+        )
+        return d_queries.reshape(queries.shape), d_keys, d_values
+
+    def blocked(residuals, d_out):
+        return _backward(residuals, d_out)[:3]
+
+    return *jax.lax.platform_dependent(residuals, d_out, tpu=splash, default=blocked), None, None
 
 
 def _blocks(S: int, L: int) -> list[tuple[slice, slice]]:
@@ -123,4 +177,4 @@ def _backward(residuals, d_out):
     return d_queries, *(x.transpose(0, 2, 1, 3).astype(dtype) for x in (d_k, d_v)), None, None
 
 
-_attention.defvjp(_forward, _backward)
+_attention.defvjp(_either_forward, _either_backward)
