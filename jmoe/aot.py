@@ -108,7 +108,7 @@ def topology_devices(topology: str) -> tuple[list[Any], Chip]:
         raise InputError(f"--topology {topology}: {' '.join(str(error).split())}") from error
     parts = len(devices) / np.prod([int(size) for size in layout.split("x")])
     chip = CHIPS[name]
-    return devices, Chip(*(value / parts for value in chip[:-1]), clock=chip.clock)
+    return devices, Chip(*(float(value / parts) for value in chip[:-1]), clock=chip.clock)
 
 
 def abstract_batch(settings: config.Config, mesh: jax.sharding.Mesh) -> Batch:
@@ -151,9 +151,9 @@ def report(settings: config.Config, topology: str) -> Report:
     compile_seconds = time.monotonic() - start
     sizes = program.memory_analysis()
     memory["batch and padding"] = sizes.argument_size_in_bytes - sum(memory.values())
-    memory["gradients and activations"] = sizes.temp_size_in_bytes
-    memory["results not in place"] = sizes.output_size_in_bytes - sizes.alias_size_in_bytes
-    memory["program"] = sizes.generated_code_size_in_bytes
+    memory["gradients and activations"] = float(sizes.temp_size_in_bytes)
+    memory["results not in place"] = float(sizes.output_size_in_bytes - sizes.alias_size_in_bytes)
+    memory["program"] = float(sizes.generated_code_size_in_bytes)
     work = hlo.work(program.as_text(), {"splash": splash_attention.kernel_flops})
     tokens = settings.batch_size * settings.data.seq_len / mesh.size
     return Report(

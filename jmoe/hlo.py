@@ -26,13 +26,13 @@ class Work:
 
     products: float = 0.0
     """FLOPs of XLA's matrix products, a multiply-add as 2"""
-    kernels: Counter[str] = field(default_factory=Counter)
+    kernels: dict[str, float] = field(default_factory=Counter)
     """FLOPs of Pallas kernels by name"""
-    unknown_kernels: Counter[str] = field(default_factory=Counter)
+    unknown_kernels: dict[str, float] = field(default_factory=Counter)
     """runs of kernels whose FLOPs nobody tells"""
-    moved: Counter[str] = field(default_factory=Counter)
+    moved: dict[str, float] = field(default_factory=Counter)
     """bytes that a device receives, by kind of collective"""
-    collectives: Counter[str] = field(default_factory=Counter)
+    collectives: dict[str, float] = field(default_factory=Counter)
     """runs of each kind of collective"""
     cycles: float = 0.0
     """sum of the compiler's estimates for its own fusions, the only instructions it estimates"""
@@ -44,7 +44,7 @@ class Work:
         """FLOPs of matrix products, in kernels or not."""
         return self.products + sum(self.kernels.values())
 
-    def add(self, other: "Work", times: float = 1) -> None:
+    def add(self, other: "Work", times: int = 1) -> None:
         """Adds `times` runs of another part."""
         for name in ("products", "cycles", "unknown_loops"):
             setattr(self, name, getattr(self, name) + times * getattr(other, name))
@@ -64,7 +64,7 @@ class Shape(NamedTuple):
     def bytes(self) -> float:
         """Without padding."""
         bits = re.fullmatch(r"[a-z]+(\d+)\w*", self.dtype)
-        return math.prod(self.dims) * BYTES.get(self.dtype, int(bits[1]) / 8 if bits else 0)
+        return float(math.prod(self.dims) * BYTES.get(self.dtype, int(bits[1]) / 8 if bits else 0))
 
 
 class Instruction(NamedTuple):
@@ -161,7 +161,7 @@ class _Counting:
             kind = "reduce-scatter" if scatters and kind == "all-reduce" else kind
             operands = sum(shape.bytes for name in instruction.operands for shape in computation[name].shapes)
             total.moved[kind] += operands * _received(kind, group_size(attributes, self.devices))
-            total.collectives[kind] += 1
+            total.collectives[kind] += 1.0
         elif opcode == "custom-call" and 'custom_call_target="tpu_custom_call"' in attributes:
             self.count_kernel(instruction, computation, total)
         elif opcode == "while":
@@ -191,19 +191,19 @@ class _Counting:
         if known:
             total.kernels[name] += known[0](name, operands)
         elif estimate:
-            total.kernels[name] += int(estimate[1])
+            total.kernels[name] += float(estimate[1])
         else:
-            total.unknown_kernels[name] += 1
+            total.unknown_kernels[name] += 1.0
 
 
 def _received(kind: str, group: int) -> float:
     """Bytes that a device receives, over the bytes of its operand: by rings, which none can beat."""
     others = (group - 1) / group
     return {
-        "all-gather": group - 1,
+        "all-gather": group - 1.0,
         "all-reduce": 2 * others,
-        "collective-permute": 1,
-        "collective-broadcast": 1,
+        "collective-permute": 1.0,
+        "collective-broadcast": 1.0,
     }.get(kind, others)
 
 
