@@ -160,8 +160,10 @@ class _Counting:
             # TPUs write a reduce-scatter as an all-reduce of which each device keeps its part.
             kind = "reduce-scatter" if scatters and kind == "all-reduce" else kind
             operands = sum(shape.bytes for name in instruction.operands for shape in computation[name].shapes)
-            total.moved[kind] += operands * _received(kind, group_size(attributes, self.devices))
-            total.collectives[kind] += 1.0
+            # A collective that is under way in several fusions is named by each; the one without a flag stands for all.
+            if not re.search(r'"async_collective_fusion_config":\{"flag_start":"\d', attributes):
+                total.moved[kind] += operands * _received(kind, group_size(attributes, self.devices))
+                total.collectives[kind] += 1.0
         elif opcode == "custom-call" and 'custom_call_target="tpu_custom_call"' in attributes:
             self.count_kernel(instruction, computation, total)
         elif opcode == "while":

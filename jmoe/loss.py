@@ -68,13 +68,17 @@ def _cross_entropy(hidden: Array, head: Array, batch: Batch, chunk_tokens: int) 
         sums: Any = cross_entropy(hidden, head, batch.targets, batch.loss_mask, chunk_tokens)
         return sums
 
-    def on_device(*arrays):
-        return tuple(part[None] for part in cross_entropy(*arrays, chunk_tokens))
+    # Gathered by hand: the gradient of that is a reduce-scatter, where XLA may make an all-reduce of it.
+    (fsdp,) = TABLE["embed"]
 
-    by_row, whole = PartitionSpec(TABLE["batch"]), PartitionSpec()
+    def on_device(hidden, head, *arrays):
+        head = jax.lax.all_gather(head, fsdp, axis=0, tiled=True)
+        return tuple(part[None] for part in cross_entropy(hidden, head, *arrays, chunk_tokens))
+
+    by_row = PartitionSpec(TABLE["batch"])
     parts = jax.shard_map(
         on_device,
-        in_specs=(by_row, whole, by_row, by_row),
+        in_specs=(by_row, PartitionSpec(fsdp), by_row, by_row),
         out_specs=by_row,
         axis_names=set(TABLE["batch"]),  # not tensor, which splits the vocabulary
         check_vma=False,

@@ -72,6 +72,13 @@ def test_bytes_that_a_device_receives():
     assert work.unknown_kernels == {"silent": 5}
 
 
+def test_a_collective_under_way_in_several_fusions_counts_once():
+    flag = '"async_collective_fusion_config":{"flag_start":"2","flag_end":"8"}'
+    again = "  %more = bf16[64,16]{1,0} all-gather(%own.1), replica_groups=[2,4]<=[8], backend_config={" + flag + "}\n"
+    place = PROGRAM.index("  %gathered")
+    assert hlo.work(PROGRAM[:place] + again + PROGRAM[place:]).moved == hlo.work(PROGRAM).moved
+
+
 def test_a_loop_whose_end_is_not_known_is_told():
     work = hlo.work(PROGRAM.replace("constant(5)", "parameter(1)"))
     assert work.unknown_loops == 1 and work.products == 2 * 32 * 64 * 16
