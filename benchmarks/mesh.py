@@ -3,8 +3,8 @@
     python -m benchmarks.mesh [--only fsdp expert mixtral depth scaling] [--json FILE]
 
 fsdp, expert: a model of OLMoE's shape (16 layers, d 2048, 16 heads, 64 experts of width 1024, top-8, vocabulary 50304,
-sequences of 4096, four for each device, everything recomputed, bfloat16) on four chips of v5p, beside what MaxText's own
-ahead-of-time compilation of the same model says. Its FLOPs, like XLA's, leave out attention's kernels; so do ours here.
+sequences of 4096, four for each device, everything recomputed, bfloat16) on four chips of v5p, beside what MaxText's
+own ahead-of-time compilation of the same model says. Its FLOPs leave out attention's kernels; so do ours here.
 mixtral: Mixtral-8x7B on 32 chips. depth: compile time of 32 layers over that of 4. scaling: the predicted step of
 Mixtral-8x7B, four sequences for each device, on 64, 512 and 4096 chips. Each compiles for half a minute or so.
 """

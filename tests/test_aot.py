@@ -10,7 +10,7 @@ from jmoe.config import InputError
 RECIPE = "configs/dynamic_374m.py"
 # The recipe's shapes with fewer layers, experts and tokens.
 SMALLER = [
-    *("--model.layers.0.repeats", "2", "--model.vocab-size", "2048", "--batch-size", "4", "--data.seq-len", "512"),
+    *("--model.layers.0.repeats", "2", "--model.vocab-size", "2048", "--batch-size", "16", "--data.seq-len", "2048"),
     *("--model.layers.0.pattern.1.num-experts", "8", "--mesh.fsdp", "4"),
 ]
 

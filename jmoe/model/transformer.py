@@ -97,7 +97,9 @@ class Transformer(nnx.Module):
         for g, pattern in enumerate(self.layers):
 
             def apply_pattern(x, scanned):
+                # Without the barrier XLA rounds the weights of all layers to bfloat16 at once, before the loop.
                 layers, layer_caches = scanned
+                layers = jax.lax.platform_dependent(layers, cpu=lambda x: x, default=jax.lax.optimization_barrier)
                 stats, new_caches = [], []
                 for i, layer in enumerate(layers):
                     x, layer_stats, cache = layer(x, place, layer_caches and layer_caches[i], transport)
