@@ -39,7 +39,7 @@ def config() -> Config:
         data=Data((Files("texts/**/*.jsonl.zst"),), tokenizer=TokenizerFile("tokenizer.json"), seq_len=4096),
         optim=AdamW(learning_rate=3e-4, schedule=Cosine(warmup_steps=2000)),
         loss=Loss(load_balance_loss=1e-2, dynamic_loss=1e-4),
-        mesh=Mesh(fsdp=-1),
+        mesh=Mesh(data=4, fsdp=-1),
         steps=500_000,
         batch_size=512,
         dtype="bfloat16",

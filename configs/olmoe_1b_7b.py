@@ -23,7 +23,7 @@ def config() -> Config:
         data=Data((Files("texts/**/*.jsonl.zst"),), tokenizer=TokenizerFile("tokenizer.json"), seq_len=4096),
         optim=AdamW(learning_rate=4e-4, schedule=Cosine(warmup_steps=2500)),
         loss=Loss(load_balance_loss=1e-2, router_z_loss=1e-3, dynamic_loss=0.0, z_loss=0.0),
-        mesh=Mesh(fsdp=-1),
+        mesh=Mesh(data=4, fsdp=-1),
         steps=1_200_000,
         batch_size=1024,
         dtype="bfloat16",
