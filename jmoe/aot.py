@@ -14,6 +14,7 @@ import re
 import sys
 import time
 from dataclasses import asdict, dataclass
+from functools import partial
 from typing import Any
 
 import jax
@@ -139,7 +140,7 @@ def report(settings: config.Config, topology: str) -> Report:
     state = training.abstract_state(settings, mesh)
     sharding.check_divisible(state.params, mesh)
     memory = {"parameters": bytes_per_device(state.params), "optimizer state": bytes_per_device(state.opt_state)}
-    basic = dict(topology=topology, devices=mesh.size, mesh=dict(mesh.shape), hbm=chip.hbm)
+    basic = partial(Report, topology, mesh.size, {str(axis): size for axis, size in mesh.shape.items()})
     start = time.monotonic()
     try:
         program = compile_step(settings, mesh)
@@ -147,7 +148,7 @@ def report(settings: config.Config, topology: str) -> Report:
         if "RESOURCE_EXHAUSTED" not in str(error):
             raise
         (first, *_) = re.findall(r"Used \S+ of \S+ hbm[^\n]*?(?=\.\s|$)|Ran out of memory[^\n]*", str(error)) or ["?"]
-        return Report(**basic, fits=False, memory=memory, refusal=first)
+        return basic(fits=False, hbm=chip.hbm, memory=memory, refusal=first)
     compile_seconds = time.monotonic() - start
     sizes = program.memory_analysis()
     memory["batch and padding"] = sizes.argument_size_in_bytes - sum(memory.values())
@@ -156,9 +157,9 @@ def report(settings: config.Config, topology: str) -> Report:
     memory["program"] = float(sizes.generated_code_size_in_bytes)
     work = hlo.work(program.as_text(), {"splash": splash_attention.kernel_flops})
     tokens = settings.batch_size * settings.data.seq_len / mesh.size
-    return Report(
-        **basic,
+    return basic(
         fits=bool(sum(memory.values()) <= chip.hbm),
+        hbm=chip.hbm,
         memory=memory,
         tokens=tokens,
         model_flops=tokens * model_flops(settings),

@@ -7,7 +7,7 @@ costlier counts. Pallas kernels are counted by the estimate that they carry, or 
 
 import math
 import re
-from collections import Counter
+from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import NamedTuple
@@ -26,13 +26,13 @@ class Work:
 
     products: float = 0.0
     """FLOPs of XLA's matrix products, a multiply-add as 2"""
-    kernels: dict[str, float] = field(default_factory=Counter)
+    kernels: dict[str, float] = field(default_factory=lambda: defaultdict(float))
     """FLOPs of Pallas kernels by name"""
-    unknown_kernels: dict[str, float] = field(default_factory=Counter)
+    unknown_kernels: dict[str, float] = field(default_factory=lambda: defaultdict(float))
     """runs of kernels whose FLOPs nobody tells"""
-    moved: dict[str, float] = field(default_factory=Counter)
+    moved: dict[str, float] = field(default_factory=lambda: defaultdict(float))
     """bytes that a device receives, by kind of collective"""
-    collectives: dict[str, float] = field(default_factory=Counter)
+    collectives: dict[str, float] = field(default_factory=lambda: defaultdict(float))
     """runs of each kind of collective"""
     cycles: float = 0.0
     """sum of the compiler's estimates for its own fusions, the only instructions it estimates"""
@@ -152,10 +152,9 @@ class _Counting:
         if cycles := re.search(r'"estimated_cycles":"(\d+)"', attributes):
             total.cycles += int(cycles[1]) if int(cycles[1]) < UNKNOWN_CYCLES else 0
         if opcode in ("convolution", "dot"):
-            shapes = [computation[operand].shapes[0] for operand in instruction.operands[:2]]
-            total.products += (convolution_flops if opcode == "convolution" else dot_flops)(
-                instruction.shapes[0], *shapes, attributes
-            )
+            of = convolution_flops if opcode == "convolution" else dot_flops
+            left, right = (computation[operand].shapes[0] for operand in instruction.operands[:2])
+            total.products += of(instruction.shapes[0], left, right, attributes)
         elif kind in COLLECTIVES:
             # TPUs write a reduce-scatter as an all-reduce of which each device keeps its part.
             kind = "reduce-scatter" if scatters and kind == "all-reduce" else kind

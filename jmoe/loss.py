@@ -73,7 +73,8 @@ def _cross_entropy(hidden: Array, head: Array, batch: Batch, chunk_tokens: int) 
 
     def on_device(hidden, head, *arrays):
         head = jax.lax.all_gather(head, fsdp, axis=0, tiled=True)
-        return tuple(part[None] for part in cross_entropy(hidden, head, *arrays, chunk_tokens))
+        sums: Any = cross_entropy(hidden, head, *arrays, chunk_tokens)
+        return tuple(part[None] for part in sums)
 
     by_row = PartitionSpec(TABLE["batch"])
     parts = jax.shard_map(

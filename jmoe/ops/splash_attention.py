@@ -29,7 +29,14 @@ def _block(length: int) -> int:
 
 def _splash(heads: int, length: int, interpret: bool) -> kernel.SplashAttentionKernel:
     block = _block(length)
-    sizes = kernel.BlockSizes(*[block] * 8)
+    sizes = kernel.BlockSizes(
+        block_q=block,
+        block_kv=block,
+        block_q_dkv=block,
+        block_kv_dkv=block,
+        block_q_dq=block,
+        block_kv_dq=block,
+    )
     mask = masks.MultiHeadMask([masks.CausalMask((length, length)) for _ in range(heads)])
     return kernel.make_splash_mha(mask, block_sizes=sizes, head_shards=1, q_seq_shards=1, interpret=interpret)
 
