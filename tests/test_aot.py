@@ -39,7 +39,7 @@ def test_the_step_compiles_and_does_the_work_of_the_model(topology, capsys):
 def test_what_does_not_fit_is_told(capsys):
     """Parameters alone of more than the chip has."""
     flags = ["--model.layers.0.pattern.1.d-ff", "65536", "--model.layers.0.repeats", "2", "--batch-size", "1"]
-    assert aot.main([RECIPE, "--topology", "v5e:1x1", "--mesh.fsdp", "1", "--data.seq-len", "256", *flags]) == 1
+    assert aot.main([RECIPE, "--topology", "v5e:2x2", "--mesh.fsdp", "1", "--data.seq-len", "256", *flags]) == 1
     assert "it does not fit" in capsys.readouterr().out
 
 
