@@ -201,7 +201,7 @@ def describe(report: Report) -> str:
         lines.extend(f"  {name:<28}{value / unit:>12,.{digits}f} {suffix}" for name, value in rows.items())
 
     rows = report.memory | ({} if report.refusal else {"peak": report.total_memory}) | {"the chip has": report.hbm}
-    table("memory", rows, 2**30, 2, "GiB")
+    table("memory", rows, 2.0**30, 2, "GiB")
     if report.refusal:
         return "\n".join([*lines, f"  it does not fit: {report.refusal}"])
     lines.append("  it fits" if report.fits else "  it does not fit")
