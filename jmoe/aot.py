@@ -25,6 +25,7 @@ from jmoe import config, flops, hlo, recipe, sharding, training
 from jmoe.batch import Batch
 from jmoe.chips import CHIPS, Chip
 from jmoe.config import InputError, require
+from jmoe.model.expert_parallel import check_experts
 from jmoe.ops import splash_attention
 
 
@@ -137,6 +138,7 @@ def report(settings: config.Config, topology: str) -> Report:
     devices, chip = topology_devices(topology)
     mesh = sharding.make_mesh(settings.mesh, devices)
     sharding.check_batch(settings.batch_size, settings.accumulation, mesh)
+    check_experts(settings, mesh)
     state = training.abstract_state(settings, mesh)
     sharding.check_divisible(state.params, mesh)
     memory = {"parameters": bytes_per_device(state.params), "optimizer state": bytes_per_device(state.opt_state)}

@@ -18,6 +18,8 @@ COLLECTIVES = (
     *("ragged-all-to-all", "collective-permute", "collective-broadcast"),
 )
 UNKNOWN_CYCLES = 2**63 - 1
+IDLE = "further_rounds"
+"""the scope of loops that do not run while experts are balanced (`jmoe.model.expert_parallel`): they count for nothing"""
 
 
 @dataclass
@@ -165,7 +167,7 @@ class _Counting:
                 total.collectives[kind] += 1.0
         elif opcode == "custom-call" and 'custom_call_target="tpu_custom_call"' in attributes:
             self.count_kernel(instruction, computation, total)
-        elif opcode == "while":
+        elif opcode == "while" and not re.search(rf'op_name="[^"]*{IDLE}/while"', attributes):
             condition, body = (re.search(rf"{part}=%?([\w.-]+)", attributes) for part in ("condition", "body"))
             assert condition and body
             trips = trip_count(self.computations[condition[1]], attributes)

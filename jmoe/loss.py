@@ -69,17 +69,17 @@ def _cross_entropy(hidden: Array, head: Array, batch: Batch, chunk_tokens: int) 
         return sums
 
     # Gathered by hand: the gradient of that is a reduce-scatter, where XLA may make an all-reduce of it.
-    (fsdp,) = TABLE["embed"]
+    axes = TABLE["embed"]
 
     def on_device(hidden, head, *arrays):
-        head = jax.lax.all_gather(head, fsdp, axis=0, tiled=True)
+        head = jax.lax.all_gather(head, axes, axis=0, tiled=True)
         sums: Any = cross_entropy(hidden, head, *arrays, chunk_tokens)
         return tuple(part[None] for part in sums)
 
     by_row = PartitionSpec(TABLE["batch"])
     parts = jax.shard_map(
         on_device,
-        in_specs=(by_row, PartitionSpec(fsdp), by_row, by_row),
+        in_specs=(by_row, PartitionSpec(axes), by_row, by_row),
         out_specs=by_row,
         axis_names=set(TABLE["batch"]),  # not tensor, which splits the vocabulary
         check_vma=False,

@@ -84,6 +84,12 @@ def test_a_loop_whose_end_is_not_known_is_told():
     assert work.unknown_loops == 1 and work.products == 2 * 32 * 64 * 16
 
 
+def test_loops_that_balanced_experts_do_not_enter_count_for_nothing():
+    line = next(line for line in PROGRAM.splitlines() if " while(" in line)
+    idle = line + ', metadata={op_name="jit(train_step)/shard_map/further_rounds/while"}'
+    assert hlo.work(PROGRAM.replace(line, idle)).products == 0
+
+
 @pytest.mark.parametrize(
     ("out", "left", "right", "attributes", "flops"),
     [
