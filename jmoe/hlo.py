@@ -19,7 +19,7 @@ COLLECTIVES = (
 )
 UNKNOWN_CYCLES = 2**63 - 1
 IDLE = "further_rounds"
-"""the scope of loops that do not run while experts are balanced (`jmoe.model.expert_parallel`): they count for nothing"""
+"""scope of loops that do not run while experts are balanced (`jmoe.model.expert_parallel`); they count for nothing"""
 
 
 @dataclass
