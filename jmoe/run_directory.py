@@ -50,8 +50,14 @@ class RunDirectory:
         """Creates the directory if need be and locks it. The lock ends with the process, however that ends.
 
         Of several hosts' processes the first holds the lock, and writes; all have to call this.
-        Raises InputError if the directory cannot be written to, another run has it, or a host does not see it.
+        Raises InputError if the directory is a URL or cannot be written to, another run has it, or a host does not see it.
         """
+        text = os.fspath(path)
+        require(
+            "://" not in text,
+            f"run directory {text} is not on a file system, and object storage can neither lock nor rename; "
+            "train on a shared disk and copy what is to be kept",
+        )
         with together(InputError):
             run = cls._locked(Path(path)) if jax.process_index() == 0 else cls(Path(path))
         with together(InputError):

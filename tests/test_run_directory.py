@@ -60,6 +60,13 @@ def test_a_directory_that_cannot_be_written_is_told(tmp_path):
         RunDirectory.open(tmp_path / "run")
 
 
+def test_object_storage_is_refused(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(InputError, match="run directory gs://bucket/run is not on a file system"):
+        RunDirectory.open("gs://bucket/run")
+    assert not list(tmp_path.iterdir())
+
+
 def test_config_round_trip_and_broken_json(tmp_path):
     with RunDirectory.open(tmp_path) as run:
         assert run.read_config() is None
