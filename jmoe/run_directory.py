@@ -50,7 +50,7 @@ class RunDirectory:
         """Creates the directory if need be and locks it. The lock ends with the process, however that ends.
 
         Of several hosts' processes the first holds the lock, and writes; all have to call this.
-        Raises InputError if the directory is a URL or cannot be written to, another run has it, or a host does not see it.
+        Raises InputError if the directory is a URL or cannot be written to, another run has it, or a host lacks it.
         """
         text = os.fspath(path)
         require(
