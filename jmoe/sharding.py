@@ -44,7 +44,8 @@ def make_mesh(sizes: config.Mesh, devices: Sequence[Any] | None = None) -> jax.s
       devices: the devices to use; all if None. More devices than the sizes need is allowed, the first are taken.
 
     Raises:
-      InputError: the sizes ask for more devices than there are, do not divide them, or leave out a host.
+      InputError: the sizes ask for more devices than there are, do not divide them, leave out a host, or do not run
+        along the sides of the grid that TPUs stand in.
     """
     devices = jax.devices() if devices is None else devices
     shape = dataclasses.asdict(sizes)
@@ -65,12 +66,15 @@ def make_mesh(sizes: config.Mesh, devices: Sequence[Any] | None = None) -> jax.s
             f"mesh {shape} needs {needed} of {len(devices)} devices, and only {hosts[0]} of {hosts[1]} processes have "
             "those; start fewer, or let one axis be -1"
         )
-    return jax.make_mesh(
-        tuple(shape[axis] for axis in MESH_AXES),
-        MESH_AXES,
-        axis_types=(AxisType.Auto,) * len(MESH_AXES),
-        devices=devices[:needed],
-    )
+    try:
+        return jax.make_mesh(
+            tuple(shape[axis] for axis in MESH_AXES),
+            MESH_AXES,
+            axis_types=(AxisType.Auto,) * len(MESH_AXES),
+            devices=devices[:needed],
+        )
+    except NotImplementedError as error:  # TPUs stand in a grid, along whose sides the axes have to run
+        raise InputError(f"mesh {shape}: {' '.join(str(error).split())}") from error
 
 
 def spec(*logical_axes: str | None) -> PartitionSpec:

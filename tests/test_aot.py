@@ -51,6 +51,7 @@ def test_what_does_not_fit_is_told(capsys):
         (["--topology", "v5p"], "it must be like v5p:4x4x4"),
         (["--topology", "v5p:3x5x7"], "v5p:3x5x7"),
         (["--topology", "v5e:2x2", "--mesh.fsdp", "8"], "needs 8 devices; there are 4"),
+        (["--topology", "v5p:4x8x8", "--mesh.expert", "16", "--mesh.fsdp", "16"], "Failed to find assignment"),
         (["--topology", "v5e:2x2", "--batch-size", "3", "--mesh.fsdp", "4"], "batch_size = 3 is not divisible"),
     ],
 )
