@@ -55,6 +55,14 @@ def cache(tmp_path_factory: pytest.TempPathFactory):
         yield path
 
 
+@pytest.fixture(scope="module", autouse=True)
+def forget_programs():
+    """Each compiled program holds mappings of memory. Linux gives a process 65,530 of them, and where they end LLVM
+    crashes: the whole suite in one process comes to that."""
+    yield
+    jax.clear_caches()
+
+
 @pytest.fixture
 def devices() -> list[jax.Device]:
     """The eight emulated devices of a mesh test."""

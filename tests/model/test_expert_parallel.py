@@ -184,9 +184,9 @@ def test_weights_are_not_gathered_along_expert(devices, layer):
         by_token = NamedSharding(mesh, spec("batch", None))
         inputs = placed, *(jax.device_put(x, by_token) for x in rows)
         text = jax.jit(partial(value_and_gradients, AllToAll())).lower(*inputs).compile().as_text()
-    gathers = re.findall(r"= f32\[([\d,]+)\].* all-gather\(.*replica_groups=(\S+),", text)
+    gathers = re.findall(r"= f32\[([\d,]+)\].* all-gather\(.*replica_groups=(?:mesh\S+ )?(\S+),", text)
     large = [groups for shape, groups in gathers if np.prod([int(n) for n in shape.split(",")]) >= 64 * 128]
-    along_fsdp = "{{0,4},{1,5},{2,6},{3,7}}", "[4,2]<=[2,4]T(1,0)"
+    along_fsdp = "{{0,4},{1,5},{2,6},{3,7}}", "[4,2]<=[2,4]T(1,0)", "{'fsdp'}"  # XLA has three ways to write it
     assert len(large) >= 3 and set(large) <= set(along_fsdp)
     per_device = 3 * 64 * 128 * 8 // 8
     assert sum(w.addressable_shards[0].data.size for w in jax.tree.leaves(placed)) == per_device
