@@ -13,7 +13,7 @@ from jmoe.model import balance
 from jmoe.model.attention import Place
 from jmoe.model.transformer import Stats, Transformer
 from jmoe.ops.cross_entropy import cross_entropy
-from jmoe.sharding import TABLE
+from jmoe.sharding import TABLE, undivided
 
 
 class Sums(NamedTuple):
@@ -63,8 +63,7 @@ def forward(params: Transformer, batch: Batch, settings: config.Config) -> Sums:
 def _cross_entropy(hidden: Array, head: Array, batch: Batch, chunk_tokens: int) -> tuple[Any, Any]:
     """`cross_entropy` on the mesh in use, each device with its own rows: the head is gathered and its gradient summed
     once, not for every chunk."""
-    mesh = jax.sharding.get_abstract_mesh()
-    if mesh.empty or mesh.size == 1:
+    if undivided():
         sums: Any = cross_entropy(hidden, head, batch.targets, batch.loss_mask, chunk_tokens)
         return sums
 

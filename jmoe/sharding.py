@@ -1,7 +1,7 @@
 """The device mesh, and the one table from logical axes to mesh axes.
 
 Parameters are declared with logical axes (`jmoe.model.layers.parameter`), activations name theirs in `shard`; nothing
-else in jmoe names a mesh axis but `jmoe.model.expert_parallel`.
+else in jmoe names a mesh axis but `jmoe.model.expert_parallel` and `jmoe.model.transport`.
 """
 
 import dataclasses
@@ -87,6 +87,12 @@ def spec(*logical_axes: str | None) -> PartitionSpec:
         taken.update(axes)
         entries.append(axes if len(axes) > 1 else axes[0] if axes else None)
     return PartitionSpec(*entries)
+
+
+def undivided() -> bool:
+    """Whether there is no mesh in use (`jax.set_mesh`), or one of a single device."""
+    mesh = jax.sharding.get_abstract_mesh()
+    return mesh.empty or mesh.size == 1
 
 
 def shard(x: jax.Array, *logical_axes: str | None) -> jax.Array:

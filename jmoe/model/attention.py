@@ -11,7 +11,7 @@ from jmoe import config
 from jmoe.model.layers import RMSNorm, normal, parameter, rotate
 from jmoe.ops.attention import attention
 from jmoe.ops.matmul import matmul
-from jmoe.sharding import shard, spec
+from jmoe.sharding import shard, spec, undivided
 
 
 class Cache(NamedTuple):
@@ -77,8 +77,7 @@ def attend(
 ) -> Float[Array, "B S N H"]:
     """`attention` on the mesh in use, each device with its own rows and heads: XLA cannot split a Pallas kernel."""
     places = place.segment_ids, place.key_segment_ids, place.positions, place.key_positions
-    mesh = jax.sharding.get_abstract_mesh()
-    if mesh.empty or mesh.size == 1:
+    if undivided():
         return attention(q, k, v, *places)
     rows = spec("batch", "seq")
     queries, keys = (spec("batch", "seq", heads, "head_dim") for heads in ("heads", "kv_heads"))

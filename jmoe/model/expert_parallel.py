@@ -1,4 +1,4 @@
-"""The experts on a mesh: the only `shard_map` of the model, and all that a layer's experts communicate.
+"""The experts on a mesh: all that a layer's experts communicate.
 
 Tokens are split over data, fsdp and expert; of the experts a device has those of its place along expert, of their
 matrices a piece along fsdp, which is gathered for the time of the layer, and one along tensor, whose partial outputs
@@ -20,11 +20,12 @@ from jaxtyping import Array, Float, Int
 
 from jmoe import config
 from jmoe.config import Automatic
+from jmoe.flops import feed_forwards
 from jmoe.model.transport import Exchanged, Gathered, Layout, make_transport, place, resolve
 from jmoe.ops import routed_swiglu as ops
 from jmoe.ops.permute import plan
 from jmoe.ops.routed_swiglu import ExpertWeights, routed_swiglu
-from jmoe.sharding import MESH_AXES, spec
+from jmoe.sharding import MESH_AXES, spec, undivided
 
 
 def local_experts(
@@ -60,9 +61,9 @@ def apply_experts(
     Raises:
       InputError: the transport is not for the platform of the mesh, or the experts cannot be shared out.
     """
-    mesh = jax.sharding.get_abstract_mesh()
-    if mesh.empty or mesh.size == 1:
+    if undivided():
         return local_experts(tokens, expert_ids, combine_weights, buckets), jnp.zeros(())
+    mesh = jax.sharding.get_abstract_mesh()
     widths = tuple(bucket.gate.shape[2] for bucket in buckets for _ in range(bucket.gate.shape[0]))
     layout = Layout(resolve(transport, mesh), widths, place(widths, mesh.shape["expert"]), mesh.shape["tensor"])
     return _on_mesh(layout, tokens, expert_ids, combine_weights, buckets)
@@ -71,7 +72,7 @@ def apply_experts(
 def check_experts(settings: config.Config, mesh: jax.sharding.Mesh) -> None:
     """Raises `InputError` if the transport is not for the mesh, or a layer's experts cannot be shared out on it."""
     resolve(settings.transport, mesh)
-    for feed_forward in (layer for group in settings.model.layers for layer in group.pattern):
+    for feed_forward in feed_forwards(settings.model):
         if isinstance(feed_forward, config.MoE):
             place(feed_forward.expert_widths, mesh.shape["expert"])
 
