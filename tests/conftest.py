@@ -35,6 +35,11 @@ import pytest  # noqa: E402
 jax.config.update("jax_numpy_rank_promotion", "raise")
 
 
+def pytest_xdist_auto_num_workers() -> int:
+    """Two processes on CPU, where compiling keeps one core busy and takes up to 7 GB; one on an accelerator."""
+    return 2 if PLATFORM == "cpu" else 0
+
+
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Leaves out what needs an accelerator, or the compiler for one, that is not there."""
     platforms = {"gpu": "cuda", "tpu": "tpu"}
