@@ -32,6 +32,8 @@ class Work:
     """FLOPs of Pallas kernels by name"""
     unknown_kernels: dict[str, float] = field(default_factory=lambda: defaultdict(float))
     """runs of kernels whose FLOPs nobody tells"""
+    claims: dict[str, float] = field(default_factory=lambda: defaultdict(float))
+    """FLOPs of Pallas kernels by name, as they tell the compiler themselves"""
     moved: dict[str, float] = field(default_factory=lambda: defaultdict(float))
     """bytes that a device receives, by kind of collective"""
     collectives: dict[str, float] = field(default_factory=lambda: defaultdict(float))
@@ -50,7 +52,7 @@ class Work:
         """Adds `times` runs of another part."""
         for name in ("products", "cycles", "unknown_loops"):
             setattr(self, name, getattr(self, name) + times * getattr(other, name))
-        for name in ("kernels", "unknown_kernels", "moved", "collectives"):
+        for name in ("kernels", "unknown_kernels", "claims", "moved", "collectives"):
             mine, theirs = getattr(self, name), getattr(other, name)
             for key, value in theirs.items():
                 mine[key] += times * value
@@ -190,6 +192,8 @@ class _Counting:
         name = re.sub(r"[.\d]+$", "", instruction.name)
         operands = [shape for operand in instruction.operands for shape in computation[operand].shapes]
         estimate = re.search(r'"cost_estimate":\{"flops":"(\d+)"', instruction.attributes)
+        if estimate:
+            total.claims[name] += float(estimate[1])
         known = [flops for prefix, flops in self.kernels.items() if name.startswith(prefix)]
         if known:
             total.kernels[name] += known[0](name, operands)

@@ -121,12 +121,11 @@ def train_step(state: TrainState, batch: Batch, settings: config.Config) -> tupl
 
     old: Any = state.params  # optax's types know only dicts, lists and arrays
 
-    def update():
-        direction, opt_state = optim.transformation(settings.optim).update(grads, state.opt_state, old)
-        new: Any = optax.apply_updates(old, optax.tree.scale(-learning_rate, direction))
-        return update_routers(new, settings.model, metrics.stats, metrics.total.tokens), opt_state
-
-    params, opt_state = jax.lax.cond(finite, update, lambda: (state.params, state.opt_state))
+    direction, opt_state = optim.transformation(settings.optim).update(grads, state.opt_state, old)
+    new: Any = optax.apply_updates(old, optax.tree.scale(-learning_rate, direction))
+    new = update_routers(new, settings.model, metrics.stats, metrics.total.tokens)
+    # A choice for each element, since the operands of a condition would have to be stored, gradients in float32.
+    params, opt_state = jax.tree.map(partial(jnp.where, finite), (new, opt_state), (state.params, state.opt_state))
     skipped_total = state.skipped_total + ~finite
     skipped_in_a_row = jnp.where(finite, 0, state.skipped_in_a_row + 1)
     metrics.scalars.update(

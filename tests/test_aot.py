@@ -8,10 +8,10 @@ from jmoe import aot, recipe
 from jmoe.config import InputError
 
 RECIPE = "configs/dynamic_374m.py"
-# The recipe's shapes with fewer layers, experts and tokens.
+# The recipe's shapes with fewer layers, and a smaller vocabulary, which so few layers would be little beside.
 SMALLER = [
-    *("--model.layers.0.repeats", "2", "--model.vocab-size", "2048", "--batch-size", "4", "--data.seq-len", "512"),
-    *("--model.layers.0.pattern.1.num-experts", "8", "--mesh.fsdp", "4"),
+    *("--model.layers.0.repeats", "2", "--model.vocab-size", "2048", "--batch-size", "16", "--data.seq-len", "4096"),
+    *("--mesh.fsdp", "4"),
 ]
 
 
@@ -19,15 +19,14 @@ SMALLER = [
 @pytest.mark.slow
 @pytest.mark.parametrize("topology", ["v5e:2x2", "v5p:2x2x1", "v6e:2x2"])
 def test_the_step_compiles_and_does_the_work_of_the_model(topology, capsys):
-    """Without recomputation, its FLOPs are about the model's. Of so few rows those that fill up tiles are a good part:
-    a step that multiplied every row for each of the experts would take four times as much."""
+    """Without recomputation, its FLOPs are about the model's: those of all tiles that the kernels may visit."""
     assert aot.main([RECIPE, "--topology", topology, "--remat", "none", *SMALLER, "--json"]) == 0
     report = json.loads(capsys.readouterr().out)
     assert report["fits"] and report["devices"] == 4 and report["mesh"]["fsdp"] == 4
     assert {name.split("_")[0] for name in report["kernels"]} == {"gmm", "tgmm", "splash"}
     assert not report["unknown_kernels"]
     compiled = report["products"] + sum(report["kernels"].values())
-    assert 0.8 < compiled / report["model_flops"] <= 1.25
+    assert 0.8 < compiled / report["model_flops"] <= 1.05
     settings = recipe.override(recipe.load(RECIPE), SMALLER)
     parameters = report["memory"]["parameters"]
     assert report["memory"]["optimizer state"] == pytest.approx(2 * parameters, rel=1e-2)

@@ -23,6 +23,7 @@ from jmoe.config import Automatic
 from jmoe.flops import feed_forwards
 from jmoe.model.transport import Exchanged, Gathered, Layout, make_transport, place, resolve
 from jmoe.ops import routed_swiglu as ops
+from jmoe.ops.matmul import rounded
 from jmoe.ops.permute import plan
 from jmoe.ops.routed_swiglu import ExpertWeights, routed_swiglu
 from jmoe.sharding import MESH_AXES, spec, undivided
@@ -183,7 +184,7 @@ def _mapped(f, buckets, in_specs, out_specs):
 def _forward(layout, tokens, expert_ids, combine_weights, buckets):
     def on_device(tokens, expert_ids, combine_weights, buckets):
         transport = make_transport(layout, expert_ids)
-        own = _own(layout, jax.tree.map(lambda w: w.astype(tokens.dtype), buckets))  # rounded before it is gathered
+        own = _own(layout, jax.tree.map(lambda w: rounded(w, tokens.dtype), buckets))  # before they are gathered
 
         def compute(r):
             x, routing = transport.deliver(r, tokens), transport.routing(r, combine_weights)
@@ -207,8 +208,7 @@ def _backward(layout, residuals, cotangents):
 
     def on_device(tokens, expert_ids, combine_weights, buckets, kept, d_out):
         transport = make_transport(layout, expert_ids)
-        rounded = jax.tree.map(lambda w: w.astype(tokens.dtype), buckets)
-        own, pullback = jax.vjp(partial(_own, layout), rounded)
+        own, pullback = jax.vjp(partial(_own, layout), jax.tree.map(lambda w: rounded(w, tokens.dtype), buckets))
 
         def compute(r, kept):
             return _swiglu_backward(layout, own, kept, transport.deliver(r, d_out))

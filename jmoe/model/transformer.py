@@ -14,7 +14,7 @@ from jmoe.model.attention import Attention, Cache, Place
 from jmoe.model.layers import RMSNorm, SwiGLU, normal, parameter, stack
 from jmoe.model.moe import MoE
 from jmoe.model.router import RouterStats, balance_bias, steer_threshold
-from jmoe.sharding import shard
+from jmoe.sharding import is_variable, logical_axes, shard
 
 Remat = Literal["none", "dots", "full"]
 # Per layer group, per layer of its pattern: arrays stacked over the group's repeats, None for dense layers.
@@ -97,9 +97,7 @@ class Transformer(nnx.Module):
         for g, pattern in enumerate(self.layers):
 
             def apply_pattern(x, scanned):
-                # Without the barrier XLA rounds the weights of all layers to bfloat16 at once, before the loop.
                 layers, layer_caches = scanned
-                layers = jax.lax.platform_dependent(layers, cpu=lambda x: x, default=jax.lax.optimization_barrier)
                 stats, new_caches = [], []
                 for i, layer in enumerate(layers):
                     x, layer_stats, cache = layer(x, place, layer_caches and layer_caches[i], transport)
@@ -107,7 +105,7 @@ class Transformer(nnx.Module):
                     new_caches.append(cache)
                 return x, (tuple(stats), tuple(new_caches))
 
-            scanned = (pattern, None if caches is None else caches[g])
+            scanned = (_rounded_gradients(pattern, dtype), None if caches is None else caches[g])
             x, (stats, new_caches) = jax.lax.scan(rematerialise(apply_pattern, remat), x, scanned)
             all_stats.append(stats)
             all_caches.append(new_caches)
@@ -121,6 +119,31 @@ class Transformer(nnx.Module):
         """Vocabulary logits of hidden states, float32."""
         weight = self.head_weight().astype(hidden.dtype)
         return jnp.einsum("BSD,DV->BSV", hidden, weight, preferred_element_type=jnp.float32)
+
+
+def _rounded_gradients(layers, dtype: DTypeLike):
+    """Layers, stacked: the gradients of their experts are kept in `dtype` and take half the space.
+
+    They were rounded to it before devices added theirs, except on CPU, where this does nothing. XLA for TPU carries
+    the rounding into the loop over layers, to where it stacks them.
+    """
+
+    @jax.custom_vjp
+    def of_experts(weight):
+        return weight
+
+    def round_gradient(_, d_weight):
+        d_weight = jax.lax.platform_dependent(
+            d_weight,
+            cpu=lambda d: d,
+            default=lambda d: jax.lax.optimization_barrier(d.astype(dtype)).astype(d.dtype),
+        )
+        return (d_weight,)
+
+    of_experts.defvjp(lambda weight: (weight, None), round_gradient)
+    return jax.tree.map(
+        lambda v: v.replace(of_experts(v[...])) if "expert_mlp" in logical_axes(v) else v, layers, is_leaf=is_variable
+    )
 
 
 def rematerialise(body, remat: Remat):

@@ -7,6 +7,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from jax import lax
+from jax.typing import DTypeLike
 from jaxtyping import Array, Float
 
 
@@ -33,13 +34,27 @@ def transposed(x: Float[Array, "M N"]) -> Float[Array, "N M"]:
     return apart(jnp.transpose, x) if x.dtype == jnp.bfloat16 else x.T
 
 
+def rounded(weight: Float[Array, "*W"], dtype: DTypeLike) -> Float[Array, "*W"]:
+    """The weight in the dtype of a product, rounded there and then.
+
+    XLA for TPU pulls a mere conversion out of the loop over layers, and keeps all of them a second time in bfloat16.
+    """
+    if weight.dtype == dtype:
+        return weight
+
+    def explicitly(weight):
+        return lax.reduce_precision(weight, jnp.finfo(dtype).nexp, jnp.finfo(dtype).nmant).astype(dtype)
+
+    return lax.platform_dependent(weight, cpu=lambda weight: weight.astype(dtype), default=explicitly)
+
+
 @jax.custom_vjp
 def matmul(x: Float[Array, "*B D"], weight: Float[Array, "D F"]) -> Float[Array, "*B F"]:
     """x · weight in the dtype of `x`, to which the weight is cast; the weight's gradient keeps the weight's dtype.
 
     Products are accumulated in float32.
     """
-    return _product(x, weight.astype(x.dtype))
+    return _product(x, rounded(weight, x.dtype))
 
 
 def _product(x, weight):
@@ -55,7 +70,7 @@ def _backward(residuals, d_out):
     tokens = math.prod(x.shape[:-1])
     x_rows, d_rows = x.reshape(tokens, -1), d_out.reshape(tokens, -1)
     d_weight = jnp.matmul(transposed(x_rows), d_rows, preferred_element_type=jnp.float32)
-    return _product(d_out, transposed(weight.astype(x.dtype))), d_weight.astype(weight.dtype)
+    return _product(d_out, transposed(rounded(weight, x.dtype))), d_weight.astype(weight.dtype)
 
 
 matmul.defvjp(_forward, _backward)

@@ -19,6 +19,7 @@ from jax import lax
 from jaxtyping import Array, Float
 
 from jmoe.ops.grouped_matmul import grouped_matmul
+from jmoe.ops.matmul import rounded
 from jmoe.ops.permute import Plan, sum_slots
 
 # Rows of a block on CPU. Large blocks make fast products and few passes over the sums of weight gradients; a fine
@@ -82,11 +83,9 @@ def backward(
     d_out: Float[Array, "T D"],
 ) -> tuple[Float[Array, "T D"], Float[Array, "T K"], tuple[ExpertWeights, ...]]:
     """Gradients to tokens, combine weights and buckets, from the arguments and results of `forward`."""
-    d_rows, d_row_weights, d_buckets = lax.platform_dependent(
+    return lax.platform_dependent(
         tokens, combine_weights, plan, buckets, gate, up, d_out, cpu=_blocked_backward, default=_grouped_backward
     )
-    d_combine_weights = jnp.where(plan.used, d_row_weights[plan.inverse], 0)
-    return sum_slots(d_rows, plan.inverse, plan.used), d_combine_weights, d_buckets
 
 
 def _forward(*inputs):
@@ -109,10 +108,19 @@ def _sizes(slots, buckets):
     return [size for i, size in enumerate(sizes) if i == 0 or size <= slots]
 
 
-def _sorted_rows(combine_weights, plan, sizes):
-    """Token and combine weight of each sorted row, and of a block more that belong to no expert."""
-    token, weight = plan.order // combine_weights.shape[1], combine_weights.reshape(-1)[plan.order]
-    return tuple(jnp.pad(of_row, (0, sizes[-1])) for of_row in (token, weight))
+def _sorted_rows(combine_weights, plan):
+    """Token and combine weight of each sorted row."""
+    return plan.order // combine_weights.shape[1], combine_weights.reshape(-1)[plan.order]
+
+
+def _with_a_block(of_rows, plan, buckets):
+    """With the rows of a block more, which belong to no expert."""
+    return tuple(jnp.pad(x, ((0, _sizes(plan.order.size, buckets)[-1]),) + ((0, 0),) * (x.ndim - 1)) for x in of_rows)
+
+
+def _by_token(plan, d_rows, d_row_weights):
+    """Gradients of tokens and combine weights from those of the sorted rows."""
+    return sum_slots(d_rows, plan.inverse, plan.used), jnp.where(plan.used, d_row_weights[plan.inverse], 0)
 
 
 def _widest(buckets):
@@ -191,7 +199,7 @@ def _transpose(rows, inside):
 
 def _blocked_forward(tokens, combine_weights, plan, buckets):
     dtype, sizes = tokens.dtype, _sizes(plan.order.size, buckets)
-    of_row = _sorted_rows(combine_weights, plan, sizes)
+    of_row = _with_a_block(_sorted_rows(combine_weights, plan), plan, buckets)
     carry = jnp.zeros(tokens.shape), *(_zeros((of_row[0].size, _widest(buckets)), dtype, plan, i) for i in (0, 1))
     tokens, buckets = jax.tree.map(_stored, (tokens, buckets))
     for bucket, starts, ends in _bounds(buckets, plan.group_sizes):
@@ -220,7 +228,7 @@ def _blocked_forward(tokens, combine_weights, plan, buckets):
 
 def _blocked_backward(tokens, combine_weights, plan, buckets, gates, ups, d_out):
     dtype, D, R, sizes = tokens.dtype, tokens.shape[1], gates.shape[0], _sizes(plan.order.size, buckets)
-    of_row = _sorted_rows(combine_weights, plan, sizes)
+    of_row = _with_a_block(_sorted_rows(combine_weights, plan), plan, buckets)
     weight_dtype = buckets[0].gate.dtype
     tokens, buckets, gates, ups, d_out = jax.tree.map(_stored, (tokens, buckets, gates, ups, d_out))
     d_rows, d_row_weights, d_buckets = _zeros((R, D), dtype, plan, 0), jnp.zeros(R), []
@@ -274,7 +282,7 @@ def _blocked_backward(tokens, combine_weights, plan, buckets, gates, ups, d_out)
         experts = jnp.arange(starts.shape[0]), bucket, starts, ends
         (d_rows, d_row_weights, d_bucket), _ = lax.scan(expert, carry, experts)
         d_buckets.append(jax.tree.map(lambda d: d.astype(weight_dtype), d_bucket))
-    return _loaded(d_rows), d_row_weights, tuple(d_buckets)
+    return *_by_token(plan, _loaded(d_rows), d_row_weights), tuple(d_buckets)
 
 
 # Elsewhere: whole arrays of rows, of which grouped_matmul makes zeros where they belong to no expert of the bucket.
@@ -286,8 +294,8 @@ def _hidden(group_sizes, rows, buckets):
     gate, up = (jnp.zeros((rows.shape[0], F), rows.dtype) for _ in range(2))
     for bucket in buckets:
         pad = ((0, 0), (0, F - bucket.gate.shape[2]))
-        gate += jnp.pad(grouped_matmul(rows, bucket.gate.astype(rows.dtype), group_sizes, first), pad)
-        up += jnp.pad(grouped_matmul(rows, bucket.up.astype(rows.dtype), group_sizes, first), pad)
+        gate += jnp.pad(grouped_matmul(rows, rounded(bucket.gate, rows.dtype), group_sizes, first), pad)
+        up += jnp.pad(grouped_matmul(rows, rounded(bucket.up, rows.dtype), group_sizes, first), pad)
         first += bucket.gate.shape[0]
     return gate, up
 
@@ -297,23 +305,28 @@ def _outputs(group_sizes, gate, up, weight, buckets):
     hidden, first = hidden.astype(gate.dtype), 0
     rows: Any = jnp.zeros((hidden.shape[0], buckets[0].down.shape[2]), hidden.dtype)
     for bucket in buckets:
-        rows += grouped_matmul(hidden[:, : bucket.down.shape[1]], bucket.down.astype(hidden.dtype), group_sizes, first)
+        rows += grouped_matmul(
+            hidden[:, : bucket.down.shape[1]], rounded(bucket.down, hidden.dtype), group_sizes, first
+        )
         first += bucket.down.shape[0]
     return rows
 
 
 def _grouped_forward(tokens, combine_weights, plan, buckets):
-    token, weight = _sorted_rows(combine_weights, plan, _sizes(plan.order.size, buckets))
+    token, weight = _sorted_rows(combine_weights, plan)
     gate, up = _hidden(plan.group_sizes, tokens[token], buckets)
     rows = _outputs(plan.group_sizes, gate, up, weight, buckets)
-    return sum_slots(rows, plan.inverse, plan.used), gate, up
+    return sum_slots(rows, plan.inverse, plan.used), *_with_a_block((gate, up), plan, buckets)
 
 
 def _grouped_backward(tokens, combine_weights, plan, buckets, gate, up, d_out):
     """By the derivatives of the two halves; of their values XLA computes only what these need."""
-    token, weight = _sorted_rows(combine_weights, plan, _sizes(plan.order.size, buckets))
+    token, weight = _sorted_rows(combine_weights, plan)
+    gate, up = gate[: token.size], up[: token.size]
     _, pullback = jax.vjp(partial(_outputs, plan.group_sizes), gate, up, weight, buckets)
     d_gate, d_up, d_weight, d_down = pullback(d_out[token])
+    # After the above, lest the rows be kept for so long where the forward pass is repeated just before.
+    token, d_gate = lax.optimization_barrier((token, d_gate))
     _, pullback = jax.vjp(partial(_hidden, plan.group_sizes), tokens[token], buckets)
     d_rows, d_gate_up = pullback((d_gate, d_up))
-    return d_rows, d_weight, jax.tree.map(jnp.add, d_down, d_gate_up)
+    return *_by_token(plan, d_rows, d_weight), jax.tree.map(jnp.add, d_down, d_gate_up)

@@ -109,20 +109,32 @@ def test_no_rows(implementation):
 
 def test_megablox_with_several_tiles_in_every_direction(monkeypatch):
     """D and F that no tile divides; the rest of a tile is masked."""
-    monkeypatch.setattr(megablox, "CONTRACTION_BYTES", 4 * 128)
+    for kernel in ("GMM", "TGMM"):
+        monkeypatch.setattr(megablox, kernel, (*getattr(megablox, kernel)[:2], 4 * 128))
     monkeypatch.setattr(megablox, "COLUMNS", 128)
     check(*program(megablox, "float32", D=200, widths=(300,), ends=(4,)), [40, 0, 200, 60])
 
 
 def test_megablox_tiles():
-    def tiles(rows, groups, contraction, columns, dtype="bfloat16"):
+    def tiles(kernel, rows, groups, contraction, columns, dtype="bfloat16"):
         rows = jax.ShapeDtypeStruct((rows, contraction), jnp.dtype(dtype))
-        return megablox._tiles(rows, jax.ShapeDtypeStruct((groups,), jnp.int32), contraction, columns)
+        return megablox._tiles(kernel, rows, jax.ShapeDtypeStruct((groups,), jnp.int32), contraction, columns)
 
-    assert tiles(16384, 8, 1024, 2048) == (512, 1024, 1024)
-    assert tiles(16384, 64, 1536, 100) == (128, 768, 100)
-    assert tiles(16384, 16, 1024, 1025, "float32") == (256, 512, 640)
-    assert tiles(20, 4, 37, 37) == (32, 37, 37)
+    assert tiles(megablox.GMM, 131072, 64, 2048, 1024) == (128, 2048, 1024)
+    assert tiles(megablox.TGMM, 131072, 64, 2048, 1024) == (256, 1024, 1024)
+    assert tiles(megablox.GMM, 65536, 8, 2048, 1025, "float32") == (256, 1024, 640)
+    assert tiles(megablox.TGMM, 65536, 8, 1536, 100) == (512, 768, 100)
+    assert tiles(megablox.GMM, 20, 4, 37, 37) == (32, 37, 37)
+
+
+def test_flops_are_those_of_the_tiles_visited():
+    """1024 rows of 4 groups in 8 tiles: three tiles may be shared by two groups."""
+    numbers = [("s32", ()), ("s32", (5,)), ("s32", (11,)), ("s32", (11,)), ("s32", (1,))]
+    of_tiles = 11 * 128 * 2 * 64 * 32
+    assert megablox.kernel_flops("gmm", [*numbers, ("bf16", (1024, 64)), ("bf16", (4, 64, 32))]) == of_tiles
+    assert megablox.kernel_flops("gmm", [*numbers, ("bf16", (1024, 32)), ("bf16", (4, 64, 32))]) == of_tiles
+    for lhs in ((1024, 64), (64, 1024)):
+        assert megablox.kernel_flops("tgmm", [*numbers, ("bf16", lhs), ("bf16", (1024, 32))]) == of_tiles
 
 
 def test_first_group_must_leave_groups_for_the_weights():
