@@ -120,7 +120,6 @@ def train_step(state: TrainState, batch: Batch, settings: config.Config) -> tupl
     learning_rate = jnp.asarray(optim.schedule(settings.optim, settings.steps)(state.step), jnp.float32)
 
     old: Any = state.params  # optax's types know only dicts, lists and arrays
-
     direction, opt_state = optim.transformation(settings.optim).update(grads, state.opt_state, old)
     new: Any = optax.apply_updates(old, optax.tree.scale(-learning_rate, direction))
     new = update_routers(new, settings.model, metrics.stats, metrics.total.tokens)

@@ -50,7 +50,8 @@ def weight_gradient(rows, d_out, group_sizes, first_group, bucket):
 
 def kernel_flops(name: str, operands: Sequence[tuple[str, tuple[int, ...]]]) -> float:
     """FLOPs of one run of a kernel by its name in a compiled program and its operands' dtypes and shapes: of all tiles
-    that it may visit, those that two groups share for both. The kernels tell the compiler less, each row once."""
+    that it may visit, those that two groups share for both. The kernels tell the compiler less, each row once. Features
+    that fill up a tile are not counted."""
     offsets, visits, *_ = (shape[0] for dtype, shape in operands if dtype == "s32" and len(shape) == 1)
     lhs, rhs = (shape for _, shape in operands[-2:])
     if name.startswith("tgmm"):
@@ -59,7 +60,8 @@ def kernel_flops(name: str, operands: Sequence[tuple[str, tuple[int, ...]]]) -> 
     else:
         rows, *_ = lhs
         matrix = rhs[1:]
-    tile_rows = rows // (visits - offsets + 2)  # the first of a group is shared with the one before
+    groups = offsets - 1
+    tile_rows = rows // (visits - groups + 1)
     return 2.0 * visits * tile_rows * math.prod(matrix)
 
 
