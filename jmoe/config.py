@@ -422,30 +422,60 @@ class Constant:
 Schedule = Cosine | WSD | Constant
 
 
+Role = Literal["embedding", "head", "norm", "router", "attention", "feed_forward", "experts"]
+
+
 @dataclass(frozen=True)
-class AdamW:
-    """AdamW with decoupled weight decay on matrices."""
+class ByRole:
+    """A factor for the parameters of each role; `jmoe.optim.roles` tells which have which."""
+
+    embedding: float = 1.0
+    """of the token embedding, which is the head too where they are tied [ratio]"""
+    head: float = 1.0
+    """of the output head [ratio]"""
+    norm: float = 1.0
+    """of the norms' gains [ratio]"""
+    router: float = 1.0
+    """of the routers and the shared experts' gates [ratio]"""
+    attention: float = 1.0
+    """of the query, key, value and output projections [ratio]"""
+    feed_forward: float = 1.0
+    """of dense feed-forward layers and shared experts [ratio]"""
+    experts: float = 1.0
+    """of routed experts [ratio]"""
+
+    def __post_init__(self):
+        for name, value in dataclasses.asdict(self).items():
+            require(value >= 0, f"the factor of role {name} is {value}; it must not be negative")
+
+
+@dataclass(frozen=True)
+class Optimiser:
+    """What all optimisers have: AdamW takes b1, b2 and eps, and so do the parameters that another rule leaves to it."""
 
     learning_rate: float = 3e-3
     """peak learning rate [per step]"""
     schedule: Schedule = Cosine()
     """course of the learning rate over the run"""
     b1: float = 0.9
-    """decay of the gradient's running mean [per step]"""
+    """AdamW: decay of the gradient's running mean [per step]"""
     b2: float = 0.95
-    """decay of the squared gradient's running mean [per step]"""
+    """AdamW: decay of the squared gradient's running mean [per step]"""
     eps: float = 1e-8
-    """added to the root of the second moment [unitless]"""
+    """AdamW: added to the root of the second moment [unitless]"""
     weight_decay: float = 0.1
-    """decay of matrices, times the learning rate; norm gains are not decayed [per step]"""
+    """share of a parameter taken off, times the learning rate [per step]"""
     clip_norm: float = 1.0
     """largest global norm of the gradient; larger gradients are scaled down to it [unitless]"""
+    learning_rates: ByRole = ByRole()
+    """times the learning rate, weight decay included"""
+    decays: ByRole = ByRole()
+    """times the weight decay"""
 
     def __post_init__(self):
         require(self.learning_rate > 0, f"optim.learning_rate is {self.learning_rate}; it must be positive")
         for name in ("b1", "b2"):
-            value = getattr(self, name)
-            require(0.0 <= value < 1.0, f"optim.{name} is {value}; it must lie in [0, 1)")
+            check_decay(f"optim.{name}", getattr(self, name))
         require(self.eps > 0, f"optim.eps is {self.eps}; it must be positive")
         require(self.weight_decay >= 0, f"optim.weight_decay is {self.weight_decay}; it must not be negative")
         require(self.clip_norm > 0, f"optim.clip_norm is {self.clip_norm}; it must be positive")
@@ -453,6 +483,65 @@ class AdamW:
             self.schedule.warmup_steps >= 0,
             f"optim.schedule.warmup_steps is {self.schedule.warmup_steps}; it must not be negative",
         )
+
+
+def check_decay(name: str, value: float) -> None:
+    """Raises `InputError` unless `value` can be the decay of a running mean."""
+    require(0.0 <= value < 1.0, f"{name} is {value}; it must lie in [0, 1)")
+
+
+@dataclass(frozen=True)
+class AdamW(Optimiser):
+    """AdamW with decoupled weight decay (arXiv 1711.05101); norm gains are not decayed."""
+
+    decays: ByRole = ByRole(norm=0.0)
+    """times the weight decay"""
+
+
+@dataclass(frozen=True)
+class Muon(Optimiser):
+    """Muon for matrices, each layer's and each expert's on its own, in Moonlight's form (arXiv 2502.16982), at AdamW's
+    learning rate; AdamW for the rest."""
+
+    momentum: float = 0.95
+    """decay of the gradients' sum, in Nesterov's form [per step]"""
+    iterations: int = 5
+    """steps of the Newton-Schulz iteration [count]"""
+    coefficients: Literal["standard", "polar-express"] = "standard"
+    """of the iteration: Keller Jordan's, the same for all steps, or those of arXiv 2505.16932 [name]"""
+    rms: float = 0.2
+    """root mean square of a matrix's update, times the learning rate: 0.2 is what AdamW's is like [unitless]"""
+    matrices: tuple[Literal["router", "attention", "feed_forward", "experts"], ...] = (
+        *("router", "attention", "feed_forward", "experts"),
+    )
+    """roles whose matrices are orthogonalised; the others follow AdamW [names]"""
+    heads: Literal["together", "apart"] = "together"
+    """whether an attention projection is one matrix or one for each head [name]"""
+    iteration_dtype: Literal["float32", "bfloat16"] = "float32"
+    """what the iteration's products multiply; they are summed in float32 [dtype]"""
+    momentum_dtype: Literal["float32", "bfloat16"] = "float32"
+    """what the momentum is kept in between steps [dtype]"""
+
+    def __post_init__(self):
+        super().__post_init__()
+        check_decay("optim.momentum", self.momentum)
+        require(self.iterations >= 1, f"optim.iterations is {self.iterations}; it must be at least 1")
+        require(self.rms > 0, f"optim.rms is {self.rms}; it must be positive")
+
+
+@dataclass(frozen=True)
+class NorMuon(Muon):
+    """Muon whose update is divided by its root mean square over time, output by output (arXiv 2510.05491)."""
+
+    output_decay: float = 0.95
+    """decay of the running mean square of each output's update [per step]"""
+
+    def __post_init__(self):
+        super().__post_init__()
+        check_decay("optim.output_decay", self.output_decay)
+
+
+AnyOptimiser = AdamW | Muon | NorMuon
 
 
 @dataclass(frozen=True)
@@ -596,7 +685,7 @@ class Config:
     """the architecture"""
     data: Data = field(default_factory=Data)
     """the text"""
-    optim: AdamW = field(default_factory=AdamW)
+    optim: AnyOptimiser = field(default_factory=AdamW)
     """the optimiser"""
     loss: Loss = field(default_factory=Loss)
     """the training loss"""

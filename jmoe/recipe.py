@@ -89,6 +89,8 @@ def from_dict(value: Any) -> Config:
     A field that is missing takes its default, so a file from before the field existed can still be read; anything
     unknown, of a wrong type or impossible raises `InputError` with its dotted place.
     """
+    if isinstance(value, dict) and isinstance(value.get("optim"), dict) and "kind" not in value["optim"]:
+        value = value | {"optim": {"kind": "AdamW", **value["optim"]}}  # from before there was a choice
     return decode(value, Config, "")
 
 
@@ -278,7 +280,9 @@ def _meanings(cls: type) -> dict[str, str]:
     """Field → its docstring, the string that stands below it in the source."""
     (definition,) = ast.parse(textwrap.dedent(inspect.getsource(cls))).body
     assert isinstance(definition, ast.ClassDef)
-    found = {}
+    found = {
+        name: text for base in cls.__bases__ if dataclasses.is_dataclass(base) for name, text in _meanings(base).items()
+    }
     for field, text in zip(definition.body, definition.body[1:], strict=False):
         if isinstance(field, ast.AnnAssign) and isinstance(text, ast.Expr) and isinstance(text.value, ast.Constant):
             found[ast.unparse(field.target)] = inspect.cleandoc(str(text.value.value)).replace("\n", " ")

@@ -337,7 +337,7 @@ def test_a_failing_recipe_is_told_in_one_line(tmp_path, text, says):
     [
         ("steps", 50.5, "r.py: steps is 50.5; it must be an integer"),
         ("model", Data(), "r.py: model is a Data; it must be Model"),
-        ("optim", None, "r.py: optim is None; it must be AdamW"),
+        ("optim", None, "r.py: optim is None; it must be AdamW, Muon or NorMuon"),
         ("run_dir", Path("runs"), "r.py: run_dir is "),
     ],
 )

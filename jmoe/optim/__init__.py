@@ -12,7 +12,7 @@ from jmoe import config
 from jmoe.sharding import is_variable, logical_axes
 
 
-def schedule(optim: config.AdamW, steps: int) -> optax.Schedule:
+def schedule(optim: config.Optimiser, steps: int) -> optax.Schedule:
     """The learning rate of each step 0 .. steps-1, as a function of an int32 scalar."""
     peak, warmup = optim.learning_rate, optim.schedule.warmup_steps
     match optim.schedule:
@@ -40,7 +40,7 @@ def matrices(params) -> object:
     )
 
 
-def transformation(optim: config.AdamW) -> optax.GradientTransformation:
+def transformation(optim: config.Optimiser) -> optax.GradientTransformation:
     """Clipping, AdamW's direction and decoupled weight decay; the learning rate is left to the caller."""
     return optax.chain(
         optax.clip_by_global_norm(optim.clip_norm),
