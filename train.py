@@ -10,6 +10,9 @@ import signal
 import sys
 import threading
 from dataclasses import dataclass
+from functools import partial
+
+import jax
 
 from jmoe import distributed, recipe, sharding, training
 from jmoe.allocator import keep_freed_memory
@@ -25,6 +28,7 @@ from jmoe.evaluation.routing_table import routing_table
 from jmoe.language_model import LanguageModel, check_vocabulary
 from jmoe.metrics import RunLog, last_step, last_validation
 from jmoe.model.expert_parallel import check_experts
+from jmoe.optim import roles
 from jmoe.run_directory import RunDirectory, check_fingerprints, check_resume, source_fingerprints
 from jmoe.telemetry import describe_model
 
@@ -41,6 +45,8 @@ class Options:
     """go on with another learning rate or schedule than the run began with [switch]"""
     print_sharding: bool = False
     """print how the mesh splits each parameter, and end [switch]"""
+    print_optimizer: bool = False
+    """print what the optimiser does with each parameter, and end [switch]"""
     distributed: Distributed = Distributed()
     """the processes of several hosts, each with the same command"""
 
@@ -59,6 +65,9 @@ def main(argv: list[str]) -> int:
         state_shape = training.abstract_state(config, mesh)
         print(sharding.sharding_table(state_shape.params, mesh))
         sharding.check_divisible(state_shape.params, mesh)
+        return 0
+    if options.print_optimizer:
+        print(roles.table(config.optim, jax.eval_shape(partial(training.init_state, config)).params))
         return 0
     with RunDirectory.open(config.run_dir) as run, contextlib.ExitStack() as stack:
         # 1. Devices, model and text must fit together; all of it is known before anything is compiled.

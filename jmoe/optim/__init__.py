@@ -9,6 +9,8 @@ import jax.numpy as jnp
 import optax
 
 from jmoe import config
+from jmoe.optim.muon import scale_by_muon
+from jmoe.optim.roles import factor
 from jmoe.sharding import is_variable, logical_axes
 
 
@@ -33,17 +35,21 @@ def schedule(optim: config.Optimiser, steps: int) -> optax.Schedule:
     return optax.join_schedules([optax.linear_schedule(peak / (warmup + 1), peak, warmup), main], [warmup])
 
 
-def matrices(params) -> object:
-    """A tree of booleans: True for parameters with two or more axes of their own, False for norm gains."""
-    return jax.tree.map(
-        lambda v: v.replace(sum(axis != "layers" for axis in logical_axes(v)) >= 2), params, is_leaf=is_variable
-    )
-
-
 def transformation(optim: config.Optimiser) -> optax.GradientTransformation:
-    """Clipping, AdamW's direction and decoupled weight decay; the learning rate is left to the caller."""
-    return optax.chain(
-        optax.clip_by_global_norm(optim.clip_norm),
-        optax.scale_by_adam(optim.b1, optim.b2, optim.eps),
-        optax.add_decayed_weights(optim.weight_decay, mask=matrices),
-    )
+    """Clipping, the rule's direction, decoupled weight decay, factors by role; the learning rate is left to the
+    caller."""
+    muon = isinstance(optim, config.Muon)
+    rule = scale_by_muon(optim) if muon else optax.scale_by_adam(optim.b1, optim.b2, optim.eps)
+    return optax.chain(optax.clip_by_global_norm(optim.clip_norm), rule, _decay_and_factors(optim))
+
+
+def _decay_and_factors(optim: config.Optimiser) -> optax.GradientTransformation:
+    """(direction + weight decay · parameter) · factor, both by the parameter's role."""
+
+    def of(direction, parameter):
+        axes = logical_axes(parameter)
+        decay, rate = optim.weight_decay * factor(optim.decays, axes), factor(optim.learning_rates, axes)
+        new = direction[...] + decay * parameter[...] if decay else direction[...]
+        return direction.replace(new if rate == 1.0 else rate * new)
+
+    return optax.stateless(lambda directions, params: jax.tree.map(of, directions, params, is_leaf=is_variable))
