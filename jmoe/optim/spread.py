@@ -1,10 +1,10 @@
 """Work on whole matrices, spread over the devices of a mesh that holds them in parts.
 
-A device has a part of each matrix of a stack, cut along `embed`, say, and along `mlp`. By one all-to-all for each of these
-cuts it gives parts of most matrices away and gets the other parts of a few, so that every matrix lies whole on one
-device; there the work is done, and the results go back the same way. Devices that hold the same parts share the matrices
-out among themselves before. So no device ever holds more than its share of a stack, none does another's work, and what
-is sent each way is what a device holds of the parameters.
+A device has a part of each matrix of a stack, cut along `embed`, say, and along `mlp`. By one all-to-all for each of
+these cuts it gives parts of most matrices away and gets the other parts of a few, so that every matrix lies whole on
+one device; there the work is done, and the results go back the same way. Devices that hold the same parts share the
+matrices out among themselves before. So no device ever holds more than its share of a stack, none does another's work,
+and what is sent each way is what a device holds of the parameters.
 """
 
 import math
