@@ -71,9 +71,9 @@ def settings(feed_forward: FeedForward, dtype: Literal["float32", "bfloat16"]) -
 
 
 def our_step(config: Config) -> Callable[[], Any]:
-    """A program that takes a training step."""
+    """A program that takes a training step, on rows of 512 random tokens."""
     mesh = make_mesh(Mesh(), jax.devices("cpu")[:1])
-    tokens = np.random.default_rng(0).integers(VOCAB, size=(BATCH, LENGTH), dtype=np.int32)
+    tokens = np.random.default_rng(0).integers(VOCAB, size=(config.batch_size, LENGTH), dtype=np.int32)
     positions = np.broadcast_to(np.arange(LENGTH, dtype=np.int32), tokens.shape)
     whole = np.ones_like(tokens)
     batch = training.put_batch(Batch(tokens, np.roll(tokens, -1, axis=1), whole, positions, whole.astype(bool)), mesh)

@@ -517,8 +517,8 @@ class Muon(Optimiser):
     """roles whose matrices are orthogonalised; the others follow AdamW [names]"""
     heads: Literal["together", "apart"] = "together"
     """whether an attention projection is one matrix or one for each head [name]"""
-    iteration_dtype: Literal["float32", "bfloat16"] = "float32"
-    """what the iteration's products multiply; they are summed in float32 [dtype]"""
+    iteration_dtype: Literal["float32", "bfloat16"] = "bfloat16"
+    """of the iteration, and of what devices send for it; products are summed in float32 [dtype]"""
     momentum_dtype: Literal["float32", "bfloat16"] = "float32"
     """what the momentum is kept in between steps [dtype]"""
 

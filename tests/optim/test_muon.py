@@ -35,7 +35,8 @@ MODEL = config.Model(
         ),
     ),
 )
-MUON = config.Muon(clip_norm=1e9)
+MUON = config.Muon(clip_norm=1e9, iteration_dtype="float32")
+NORMUON = config.NorMuon(clip_norm=1e9, iteration_dtype="float32", heads="apart")
 ONE, MANY = config.Mesh(), config.Mesh(fsdp=2, expert=2, tensor=2)
 
 
@@ -193,7 +194,7 @@ def test_heads_apart_are_matrices_of_their_own():
 
 def test_normuon_follows_its_paper():
     """Algorithm 1 of arXiv 2510.05491, whose rows are our columns: the outputs."""
-    settings = config.NorMuon(clip_norm=1e9, weight_decay=0.0, output_decay=0.9)
+    settings = config.NorMuon(clip_norm=1e9, weight_decay=0.0, output_decay=0.9, iteration_dtype="float32")
     params = {"up": parameter(jnp.ones((2, 3, 12, 8)), "layers", "expert", "embed", "expert_mlp")}
     transformation = optim.transformation(settings)
     state, update = transformation.init(params), jax.jit(transformation.update)

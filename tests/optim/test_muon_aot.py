@@ -17,7 +17,7 @@ MODEL = config.Model(
     head_dim=64,
     layers=(config.LayerGroup((config.MoE(E, F, config.TopK(2)),), repeats=LAYERS),),
 )
-MUON = config.Muon(iteration_dtype="bfloat16")
+MUON = config.Muon()
 
 
 def test_chips_share_the_work_and_none_has_a_whole_stack():
