@@ -8,7 +8,7 @@ The way of one batch, with the file that each step lives in:
     jmoe/training.py        train_step: gradients, optimiser, metrics
     jmoe/model/             transformer: embed → [attention → moe] × N → unembed
     jmoe/loss.py            sums over tokens, normalised once per global batch
-    jmoe/optim/             AdamW and schedules
+    jmoe/optim/             AdamW, Muon and schedules
     jmoe/checkpoint.py      saves and restores the state
 
 `train.py` walks this way from top to bottom. `jmoe.load(run_dir)` gives a trained model to use.

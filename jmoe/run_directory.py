@@ -28,7 +28,7 @@ FREE = (
     *("steps", "log_every", "max_skipped", "remat", "run_dir"),
     *("checkpoint", "evaluation", "mesh", "data.workers", "data.cache_dir"),
 )
-LEARNING_RATE = ("optim.learning_rate", "optim.schedule")
+LEARNING_RATE = ("optim.learning_rate", "optim.learning_rates", "optim.schedule")
 
 
 class RunDirectory:

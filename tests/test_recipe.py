@@ -17,6 +17,7 @@ from jmoe.config import (
     TFDS,
     WSD,
     AdamW,
+    ByRole,
     Bytes,
     Checkpoint,
     Config,
@@ -31,6 +32,8 @@ from jmoe.config import (
     Mesh,
     Model,
     MoE,
+    Muon,
+    NorMuon,
     Nucleus,
     RaggedAllToAll,
     TokenizerFile,
@@ -85,6 +88,8 @@ def one_line(caught: pytest.ExceptionInfo) -> str:
         *(Config(data=Data(sources=(kind,))) for kind in (Embedded(), Files("*.txt"), TFDS("wiki"))),
         *(Config(data=Data(tokenizer=kind)) for kind in (Bytes(), BPE(), TokenizerFile("t.json", "</s>"))),
         *(Config(optim=AdamW(schedule=kind)) for kind in (Cosine(3), WSD(4), Constant(5))),
+        Config(optim=Muon(schedule=WSD(), learning_rates=ByRole(head=0.5), matrices=("experts",), heads="apart")),
+        Config(optim=NorMuon(decays=ByRole(norm=0.0), output_decay=0.9)),
     ],
 )
 def test_json_round_trip_is_exact(config):
@@ -107,6 +112,12 @@ def test_fields_younger_than_the_file_take_their_defaults():
     expected_files = Files("a/**/*.jsonl.zst", weight=0.2)
     sources = (MIXED.data.sources[0], expected_files, MIXED.data.sources[2])
     assert recipe.from_dict(tree) == dataclasses.replace(MIXED, data=dataclasses.replace(MIXED.data, sources=sources))
+
+
+def test_a_file_from_before_there_was_a_choice_of_optimisers_means_adamw():
+    tree = recipe.to_dict(MIXED)
+    assert tree["optim"].pop("kind") == "AdamW"
+    assert recipe.from_dict(tree) == MIXED
 
 
 @pytest.mark.parametrize(
@@ -163,6 +174,7 @@ def test_json_that_is_no_object_is_refused(value):
         ("--steps 100 --steps 200", lambda c: c.steps, 200),
         ("--optim.learning-rate 1e-3", lambda c: c.optim.learning_rate, 1e-3),
         ("--optim.learning_rate 1", lambda c: c.optim.learning_rate, 1.0),
+        ("--optim Muon --optim.decays.norm 0", lambda c: c.optim, Muon(decays=ByRole(norm=0.0))),
         ("--mesh.fsdp -1 --mesh.data 1", lambda c: c.mesh.fsdp, -1),
         ("--model.qk-norm", lambda c: c.model.qk_norm, True),
         ("--model.qk-norm true", lambda c: c.model.qk_norm, True),
@@ -228,6 +240,8 @@ def test_flags_change_what_they_name(flags, read, value):
         ("--optim.clip-norm 1e999", "--optim.clip-norm is inf; it must be finite"),
         ('--data.sources [{"kind":"Files","glob":"x","weight":NaN}]', "--data.sources.0.weight is nan; it must be"),
         ("--steps 30 40", "unexpected '40'"),
+        ("--optim Muonn", "--optim: kind is 'Muonn'; it must be AdamW, Muon or NorMuon; did you mean Muon?"),
+        ("--optim.momentum 0.9", "unknown flag --optim.momentum"),
         ("--optim.schedule Cosin", "--optim.schedule: kind is 'Cosin'; it must be Cosine, WSD or Constant"),
         ("--data.sources x", "--data.sources is 'x'; it must be JSON"),
         ("--data.sources 3", "--data.sources is 3; it must be a list"),

@@ -89,7 +89,13 @@ CONFIG = {
         "layers": [{"pattern": [{"kind": "MoE", "num_experts": 16}, {"kind": "Dense", "d_ff": 8}]}],
     },
     "data": {"sources": [{"kind": "Embedded", "weight": 1.0}], "workers": 1, "cache_dir": None, "seq_len": 256},
-    "optim": {"learning_rate": 0.003, "b1": 0.9, "schedule": {"kind": "Cosine", "warmup_steps": 20}},
+    "optim": {
+        "kind": "AdamW",
+        "learning_rate": 0.003,
+        "b1": 0.9,
+        "momentum_dtype": "float32",
+        "schedule": {"kind": "Cosine", "warmup_steps": 20},
+    },
     "mesh": {"data": 1},
     "checkpoint": {"every": 100},
     "evaluation": {"every": 100},
@@ -138,6 +144,8 @@ def test_what_may_change(key, value):
         ("steps_extra", 2, "steps_extra: run has 1, command says 2"),
         ("optim.b1", 0.8, "optim.b1: run has 0.9, command says 0.8"),
         ("optim.b1", True, "optim.b1: run has 0.9, command says true"),
+        ("optim.kind", "Muon", 'optim.kind: run has "AdamW", command says "Muon"'),
+        ("optim.momentum_dtype", "bfloat16", 'optim.momentum_dtype: run has "float32", command says "bfloat16"'),
     ],
 )
 def test_what_may_not_change(key, value, line):

@@ -178,6 +178,14 @@ def test_shardings_are_printed_and_nothing_else_is_done(scripts, tmp_path):
     assert not (tmp_path / "run").exists()
 
 
+def test_the_optimiser_is_printed_and_nothing_else_is_done(scripts, tmp_path):
+    code, out, err = scripts.train(tmp_path / "run", "--print-optimizer", "--optim", "Muon")
+    assert (code, err) == (0, "")
+    assert re.search(r"^embedding +embedding +AdamW +257, 16 +- +x 1 +0.1 +1$", out, re.M)
+    assert re.search(r"buckets.0.down +experts +Muon +1, 8, 16, 16 +8 x \(16, 16\) +x 1 +0.1 +0.8$", out, re.M)
+    assert not (tmp_path / "run").exists()
+
+
 @pytest.mark.slow
 def test_a_finished_run_is_reported_again_and_left_alone(copy, scripts):
     before = content(copy)

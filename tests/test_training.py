@@ -139,6 +139,17 @@ def test_a_mesh_changes_no_number(one_device, devices, mesh, accumulation, trans
 
 
 @pytest.mark.slow
+def test_muon_on_a_mesh_changes_no_number(devices):
+    rule = config.Muon(
+        learning_rate=1e-2, schedule=config.Constant(warmup_steps=0), eps=1e-4, iteration_dtype="float32"
+    )
+    layers = (config.LayerGroup((config.MoE(4, 16, config.TopK(2)),), repeats=2),)
+    settings = dataclasses.replace(SETTINGS, optim=rule, model=dataclasses.replace(MODEL, layers=layers))
+    mesh = config.Mesh(data=2, fsdp=2, tensor=2)
+    assert_same_numbers(run(dataclasses.replace(settings, mesh=mesh)), run(settings), 5e-5)
+
+
+@pytest.mark.slow
 def test_drops_for_want_of_capacity_are_a_metric(devices):
     settings = dataclasses.replace(SETTINGS, mesh=config.Mesh(data=2, expert=4), transport=config.AllToAll(0.25))
     for step in run(settings)[0]:
