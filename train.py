@@ -1,7 +1,8 @@
 """Trains a model: `python train.py [RECIPE] [--flag value ...]`; `--help` lists the flags.
 
-The same command with the same run directory goes on where it was. Exit codes: 0 the run is complete, 1 training failed,
-2 bad input, 75 stopped by SIGTERM or Ctrl-C after saving: the same command goes on.
+The same command with the same run directory goes on where it was. `--decay-from RUN@STEP` begins with a checkpoint of
+another run, in its stable phase, and lets the learning rate decay from there. Exit codes: 0 the run is complete,
+1 training failed, 2 bad input, 75 stopped by SIGTERM or Ctrl-C after saving: the same command goes on.
 """
 
 import contextlib
@@ -14,7 +15,7 @@ from functools import partial
 
 import jax
 
-from jmoe import distributed, recipe, sharding, training
+from jmoe import branch, distributed, recipe, sharding, training
 from jmoe.allocator import keep_freed_memory
 from jmoe.checkpoint import CheckpointError, Checkpoints
 from jmoe.config import InputError, require
@@ -58,6 +59,7 @@ class TrainingError(RuntimeError):
 def main(argv: list[str]) -> int:
     keep_freed_memory()
     _, config, options = recipe.parse(argv, Options(), default="configs/tiny.py")
+    config = branch.resolve(config)
     assert config.run_dir is not None  # `parse` fills it in
     distributed.start(options.distributed)
     if options.print_sharding:
@@ -79,7 +81,9 @@ def main(argv: list[str]) -> int:
             state_shape = training.abstract_state(config, mesh)
             sharding.check_divisible(state_shape.params, mesh)
             earlier = run.read_config()
-            if earlier is not None:
+            if earlier is None:
+                branch.check(config, allow_learning_rate=options.allow_learning_rate_change)
+            else:
                 earlier = recipe.from_dict(earlier)
                 was, now = recipe.to_dict(earlier), recipe.to_dict(config)
                 check_resume(was, now, allow_learning_rate=options.allow_learning_rate_change)
@@ -93,23 +97,26 @@ def main(argv: list[str]) -> int:
         }
         distributed.check_same("configuration and text", [recipe.to_dict(config), fingerprints])
 
-        # 2. Resume, or begin.
+        # 2. Resume, or begin, be it where another run stood.
         checkpoints = Checkpoints(run.checkpoints, keep=config.checkpoint.keep, keep_every=config.checkpoint.keep_every)
         stack.enter_context(contextlib.closing(checkpoints))
-        restored = checkpoints.restore(training.checkpoint_items(state_shape, fingerprints))
-        if restored is not None:
-            state, trained_on = training.from_checkpoint(restored[1])
-            check_fingerprints(trained_on, fingerprints)
-        else:
+        wanted, origin = training.checkpoint_items(state_shape, fingerprints), branch.Origin.of(config)
+        restored = checkpoints.restore(wanted)
+        if restored is None:
             if earlier is not None:  # a first save that was cut off: any later save begins when the first is complete
                 reached = last_step(run.metrics)
-                if reached > 2 * earlier.checkpoint.every:
+                if reached > (origin.step if origin else 0) + 2 * earlier.checkpoint.every:
                     raise CheckpointError(
                         f"{run.metrics} goes up to step {reached}, but {run.checkpoints} holds no checkpoint; "
                         f"bring it back, or give another --run-dir to begin anew"
                     )
                 log.warning("%s holds no checkpoint, so the run begins anew", run.path)
+            restored = origin and origin.restore(wanted)
+        if restored is None:
             state = training.create_state(config, mesh)
+        else:
+            state, trained_on = training.from_checkpoint(restored[1])
+            check_fingerprints(trained_on, fingerprints)
         first = int(state.step)
         require(
             first <= config.steps, f"the run in {run.path} has taken {first} steps; --steps {config.steps} is too few"
@@ -117,7 +124,8 @@ def main(argv: list[str]) -> int:
         if run.is_writer:
             run.write_config(recipe.to_dict(config))
             text.save(run.tokenizer)
-        print(f"run directory {run.path}, {first} of {config.steps} steps taken")
+        branched = f", branched from {config.decay_from}" if origin else ""
+        print(f"run directory {run.path}, {first} of {config.steps} steps taken{branched}")
         print(describe_model(config.model))
 
         # 3. Train. The device is given a step before the one before it is reported, so that it never waits.

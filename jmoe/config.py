@@ -398,17 +398,33 @@ class WSD:
     """steps of linear warm-up [steps]"""
     decay_fraction: float = 0.1
     """share of all steps spent decaying, at the end [fraction]"""
-    shape: Literal["linear", "1-sqrt"] = "1-sqrt"
-    """course of the decay [name]"""
+    decay_start: int | None = None
+    """steps taken when the decay begins, in place of `decay_fraction`; `--decay-from` sets it [steps]"""
+    shape: Literal["linear", "1-sqrt", "exponential"] = "1-sqrt"
+    """course of the decay; an exponential one needs a `final` above 0 [name]"""
     final: float = 0.0
     """last learning rate over peak learning rate [ratio]"""
 
     def __post_init__(self):
         require(
+            self.decay_start is None or self.decay_start >= 0,
+            f"optim.schedule.decay_start is {self.decay_start}; it must not be negative",
+        )
+        require(
             0.0 <= self.decay_fraction <= 1.0,
             f"optim.schedule.decay_fraction is {self.decay_fraction}; it must lie in [0, 1]",
         )
         require(0.0 <= self.final <= 1.0, f"optim.schedule.final is {self.final}; it must lie in [0, 1]")
+        require(
+            self.shape != "exponential" or self.final > 0.0,
+            "optim.schedule.final is 0, which an exponential decay never reaches; give the last learning rate over the "
+            "peak, such as 0.1",
+        )
+
+    def decay_begins(self, steps: int) -> int:
+        """Steps taken when the decay begins, of a run of `steps`; not before the end of the warm-up."""
+        start = steps - max(1, round(self.decay_fraction * steps)) if self.decay_start is None else self.decay_start
+        return min(max(start, self.warmup_steps), steps)
 
 
 @dataclass(frozen=True)
@@ -715,6 +731,9 @@ class Config:
     """a line of metrics every so many steps [steps]"""
     run_dir: str | None = None
     """where the run lives; runs/NAME of the recipe if None [path]"""
+    decay_from: str | None = None
+    """RUN@STEP: begin with that checkpoint of a run in its stable phase, and decay the learning rate from there to the
+    end [path@steps]"""
 
     def __post_init__(self):
         for name in ("steps", "batch_size", "accumulation", "max_skipped", "log_every"):
@@ -724,6 +743,11 @@ class Config:
         require(
             self.batch_size % self.accumulation == 0,
             f"batch_size = {self.batch_size} is not divisible by accumulation = {self.accumulation}",
+        )
+        run, _, step = ("run@0" if self.decay_from is None else self.decay_from).rpartition("@")
+        require(
+            bool(run) and step.isdecimal(),
+            f"decay_from is {self.decay_from!r}; it must be RUN@STEP, a run directory and the step of a checkpoint",
         )
         warmup = self.optim.schedule.warmup_steps
         require(warmup <= self.steps, f"optim.schedule.warmup_steps = {warmup} is more than steps = {self.steps}")

@@ -153,15 +153,19 @@ def check_resume(old: dict[str, Any], new: dict[str, Any], *, allow_learning_rat
     `FREE` keys may differ; learning rate and schedule may with `allow_learning_rate`. Raises InputError with a line
     and below it one indented line for each difference in the way.
     """
-    changed = [(key, text) for key, text in _differences(old, new) if not _within(key, FREE)]
-    if allow_learning_rate:
-        changed = [(key, text) for key, text in changed if not _within(key, LEARNING_RATE)]
+    changed = differences(old, new, (*FREE, *LEARNING_RATE) if allow_learning_rate else FREE)
     if not changed:
         return
     only_rate = all(_within(key, LEARNING_RATE) for key, _ in changed)
     ways = "--allow-learning-rate-change or another --run-dir" if only_rate else "another --run-dir"
     lines = "".join(f"\n  {key}: {text}" for key, text in changed)
     raise InputError(f"this command cannot go on with the run in its directory; give {ways}, or undo:{lines}")
+
+
+def differences(old: dict[str, Any], new: dict[str, Any], free: tuple[str, ...] = ()) -> list[tuple[str, str]]:
+    """Dotted key and description of each difference of two configurations in JSON form, but for the `free` keys and
+    what stands below them."""
+    return [(key, text) for key, text in _differences(old, new) if not _within(key, free)]
 
 
 def source_fingerprints(split: str, fingerprints: Iterable[str]) -> dict[str, str]:

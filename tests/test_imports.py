@@ -13,7 +13,7 @@ LEVELS = [
     "loss optim telemetry",
     "training",
     "checkpoint evaluation convert generate aot",
-    "language_model __init__",
+    "language_model branch __init__",
     "train eval",
 ]
 # These import from the first level only, and not one another.

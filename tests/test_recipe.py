@@ -283,8 +283,8 @@ def test_help_explains_every_flag_with_unit_and_default(capsys):
     for name, value in leaves(recipe.to_dict(MIXED)):
         assert entries[name.replace("_", "-")] == str(value), name
     lines = text.splitlines()
-    at = lines.index("  --optim.schedule.shape {linear,1-sqrt} (default: linear)")
-    assert lines[at + 1] == "      course of the decay [name]"
+    at = lines.index("  --optim.schedule.shape {linear,1-sqrt,exponential} (default: linear)")
+    assert lines[at + 1] == "      course of the decay; an exponential one needs a `final` above 0 [name]"
     assert "  --model.layers.1.pattern.0.router {TopK,Nucleus} (default: TopK)" in lines
 
 
