@@ -33,6 +33,8 @@ class Options:
 
     step: int | None = None
     """the checkpoint; the newest good one if None [steps]"""
+    ema: bool = False
+    """take the moving average of the parameters that the run kept (its config's `ema`) [switch]"""
     data: str | None = None
     """other text to evaluate on: a pattern of .txt and .jsonl files, each also .gz or .zst [path]"""
     batches: int | None = None
@@ -55,7 +57,7 @@ class Options:
 def main(argv: list[str]) -> int:
     keep_freed_memory()
     run_dir, options = recipe.arguments(argv, Options(), name="RUN_DIR", meaning="the directory of a run")
-    run = jmoe.load(run_dir, step=options.step)
+    run = jmoe.load(run_dir, step=options.step, ema=options.ema)
     if options.prompt is not None:
         text = run.generate(options.prompt, max_new_tokens=options.max_new_tokens, sampling=options.sampling)
         print(options.prompt + text)
@@ -79,14 +81,16 @@ def main(argv: list[str]) -> int:
         limit=options.batches,
     )
     values = evaluate(training.make_eval_step(settings, mesh), run.params, batches, prepared, settings, mesh)
-    print(f"{run_dir}, step {run.step}, {values['tokens']:,} tokens of {options.data or 'the held-out text'}")
+    which = f"step {run.step}" + ", moving average" * options.ema
+    print(f"{run_dir}, {which}, {values['tokens']:,} tokens of {options.data or 'the held-out text'}")
     print(f"loss           {values['loss']:.4f} nats/token (unigram entropy {values['unigram_entropy']:.4f})")
     print(f"perplexity     {values['perplexity']:.3f}")
     print(f"bits per byte  {values['bits_per_byte']:.4f}")
     print(routing_table(values))
+    described = {"step": run.step, "data": options.data, **({"ema": True} if options.ema else {}), **values}
     path = Path(run_dir) / "eval.json"
     try:
-        path.write_text(json.dumps(plain({"step": run.step, "data": options.data, **values}), indent=2) + "\n")
+        path.write_text(json.dumps(plain(described), indent=2) + "\n")
     except OSError as error:
         raise InputError(f"{path} cannot be written: {error.strerror}") from error
     return 0

@@ -171,7 +171,8 @@ def main(argv: list[str]) -> int:
                 unreported = None
             if validating:
                 limit = config.evaluation.final_batches if last else config.evaluation.batches
-                held_out = validation_batches(
+                held_out = partial(
+                    validation_batches,
                     validation_data,
                     batch_size=config.batch_size // config.accumulation,  # what fits in memory
                     seq_len=config.data.seq_len,
@@ -179,7 +180,10 @@ def main(argv: list[str]) -> int:
                     host=host,
                     hosts=hosts,
                 )
-                values = evaluate(eval_step, state.params, held_out, validation_data, config, mesh)
+                values = evaluate(eval_step, state.params, held_out(), validation_data, config, mesh)
+                if state.ema is not None:
+                    average = evaluate(eval_step, state.ema, held_out(), validation_data, config, mesh)
+                    values |= {f"ema_{name}": average[name] for name in ("loss", "bits_per_byte")}
                 run_log.validation(step, values)
                 if run.is_writer:
                     plot_routing(run.metrics, run.routing)

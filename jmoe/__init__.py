@@ -21,8 +21,8 @@ if TYPE_CHECKING:
     from jmoe.language_model import LanguageModel
 
 
-def load(run_dir: str | os.PathLike[str], *, step: int | None = None) -> "LanguageModel":
+def load(run_dir: str | os.PathLike[str], *, step: int | None = None, ema: bool = False) -> "LanguageModel":
     """The model of a run: `.logits(tokens)`, `.generate(prompt)`. See `jmoe.language_model.LanguageModel.load`."""
     from jmoe.language_model import LanguageModel  # here, so that `import jmoe` does not import JAX
 
-    return LanguageModel.load(run_dir, step=step)
+    return LanguageModel.load(run_dir, step=step, ema=ema)

@@ -148,6 +148,8 @@ def report(settings: config.Config, topology: str) -> Report:
     state = training.abstract_state(settings, mesh)
     sharding.check_divisible(state.params, mesh)
     memory = {"parameters": bytes_per_device(state.params), "optimizer state": bytes_per_device(state.opt_state)}
+    if state.ema is not None:
+        memory["moving average"] = bytes_per_device(state.ema)
     basic = partial(Report, topology, mesh.size, {str(axis): size for axis, size in mesh.shape.items()})
     start = time.monotonic()
     try:

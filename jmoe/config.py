@@ -723,8 +723,14 @@ class Config:
     """arithmetic of the layers; parameters and losses are float32 [dtype]"""
     remat: Literal["none", "dots", "full"] = "none"
     """what the backward pass recomputes: nothing, all but matrix products, whole layers [name]"""
+    qk_clip: float | None = None
+    """attention heads with a logit above this are scaled down to it after each step (QK-Clip, arXiv 2507.20534; Kimi K2
+    has 100); None for no clip [logit]"""
     seed: int = 0
     """of the initial weights, the data order and sampling [unitless]"""
+    ema: float | None = None
+    """keep an exponential moving average of the parameters with this decay, for `eval.py --ema`; it takes their memory
+    once more; None for none [per step]"""
     max_skipped: int = 10
     """training stops after this many steps in a row with gradients that are not finite [steps]"""
     log_every: int = 10
@@ -744,6 +750,12 @@ class Config:
             self.batch_size % self.accumulation == 0,
             f"batch_size = {self.batch_size} is not divisible by accumulation = {self.accumulation}",
         )
+        require(self.qk_clip is None or self.qk_clip > 0, f"qk_clip is {self.qk_clip}; it must be positive, or None")
+        require(
+            self.qk_clip is None or not self.model.qk_norm,
+            f"qk_clip = {self.qk_clip} scales projections that model.qk_norm normalises again; turn one of them off",
+        )
+        require(self.ema is None or 0.0 < self.ema < 1.0, f"ema is {self.ema}; it must lie in (0, 1), or be None")
         run, _, step = ("run@0" if self.decay_from is None else self.decay_from).rpartition("@")
         require(
             bool(run) and step.isdecimal(),

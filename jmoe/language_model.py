@@ -40,20 +40,22 @@ class LanguageModel:
         """of the tokenizer and of each source the run was trained and validated on"""
 
     @classmethod
-    def load(cls, run_dir: str | os.PathLike[str], *, step: int | None = None) -> "LanguageModel":
+    def load(cls, run_dir: str | os.PathLike[str], *, step: int | None = None, ema: bool = False) -> "LanguageModel":
         """Reads a run's own config, tokenizer and newest good checkpoint (or that of `step`), and changes nothing.
 
-        Raises InputError if the directory is not that of a run or has no checkpoint yet, CheckpointError if no
-        checkpoint can be used.
+        With `ema` the parameters are their moving average (`Config.ema`). Raises InputError if the directory is not
+        that of a run, has no checkpoint yet or no average, CheckpointError if no checkpoint can be used.
         """
         run = RunDirectory(Path(run_dir))
         saved = run.read_config()
         if saved is None:
             raise InputError(f"{run_dir} is no run directory: it has no config.json")
         settings = recipe.from_dict(saved)
+        require(not ema or settings.ema is not None, f"{run_dir} keeps no average of its parameters: its ema is None")
         # One device reads whatever mesh the run was trained on.
         mesh = make_mesh(config.Mesh(), jax.local_devices()[:1])
-        abstract = {"params": abstract_state(settings, mesh).params}
+        item, state = "ema" if ema else "params", abstract_state(settings, mesh)
+        abstract = {item: state.ema if ema else state.params}
         checkpoints = Checkpoints(run.checkpoints, keep=1)
         restored = checkpoints.restore(abstract, step, read_only=True)
         if restored is None:
@@ -61,7 +63,7 @@ class LanguageModel:
         step, items = restored
         eos = settings.data.tokenizer.eos if isinstance(settings.data.tokenizer, config.TokenizerFile) else None
         tokenizer = Tokenizer.from_file(run.tokenizer, eos)
-        return cls(settings, items["params"], tokenizer, step, checkpoints.metadata(step).get("fingerprints"))
+        return cls(settings, items[item], tokenizer, step, checkpoints.metadata(step).get("fingerprints"))
 
     def logits(self, tokens: Int[np.ndarray, "B S"] | Int[Array, "B S"]) -> Float[Array, "B S V"]:
         """Next-token logits, float32 [B, S, V], of token ids int32 [B, S]; each row is one text.

@@ -11,7 +11,7 @@ from jmoe import config
 from jmoe.batch import Batch
 from jmoe.model import balance
 from jmoe.model.attention import Place
-from jmoe.model.transformer import Stats, Transformer
+from jmoe.model.transformer import MaxLogits, Outputs, Stats, Transformer
 from jmoe.ops.cross_entropy import cross_entropy
 from jmoe.sharding import TABLE, undivided
 
@@ -44,20 +44,19 @@ def totals(batch: Batch) -> Totals:
     )
 
 
-def hidden_states(params: Transformer, batch: Batch, settings: config.Config) -> tuple[Array, Stats]:
-    """Hidden states [B, S, D] and router statistics of a (micro-)batch."""
+def run_layers(params: Transformer, batch: Batch, settings: config.Config) -> Outputs:
+    """Hidden states and statistics of a (micro-)batch."""
     place = Place(batch.segment_ids, batch.positions, batch.segment_ids, batch.positions)
-    hidden, stats, _ = params(
+    return params.run(
         batch.tokens, place, dtype=jnp.dtype(settings.dtype), remat=settings.remat, transport=settings.transport
     )
-    return hidden, stats
 
 
-def forward(params: Transformer, batch: Batch, settings: config.Config) -> Sums:
-    """Runs the model on a (micro-)batch and returns its sums."""
-    hidden, stats = hidden_states(params, batch, settings)
-    nll, z_squared = _cross_entropy(hidden, params.head_weight(), batch, settings.loss.chunk_tokens)
-    return Sums(nll, z_squared, stats)
+def forward(params: Transformer, batch: Batch, settings: config.Config) -> tuple[Sums, MaxLogits]:
+    """Runs the model on a (micro-)batch: its sums, and of each head the highest attention logit, [repeats, N]."""
+    outputs = run_layers(params, batch, settings)
+    nll, z_squared = _cross_entropy(outputs.hidden, params.head_weight(), batch, settings.loss.chunk_tokens)
+    return Sums(nll, z_squared, outputs.stats), jax.tree.map(lambda rows: rows.max(1), outputs.max_logits)
 
 
 def _cross_entropy(hidden: Array, head: Array, batch: Batch, chunk_tokens: int) -> tuple[Any, Any]:

@@ -15,6 +15,9 @@ from tqdm import tqdm
 from jmoe.config import Config, InputError
 from jmoe.run_directory import RunDirectory
 
+# Lists with a value for each layer; others have one for each of `moe_layers`.
+OF_ALL_LAYERS = ("max_attention_logit_by_layer",)
+
 
 class MetricsLog:
     """Append-only JSON lines, one object each, with a "step"; every line is flushed as it is written.
@@ -132,7 +135,8 @@ def _by_tag(record: dict[str, Any]) -> dict[str, Any]:
         if name in ("step", "split", "moe_layers"):
             continue
         if isinstance(value, list):
-            for index, item in zip(record["moe_layers"], value, strict=True):
+            layers = range(len(value)) if name in OF_ALL_LAYERS else record["moe_layers"]
+            for index, item in zip(layers, value, strict=True):
                 tagged[f"{name.removesuffix('_by_layer')}/layer_{index}"] = item
         else:
             tagged[name] = value

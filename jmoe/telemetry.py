@@ -10,7 +10,7 @@ from flax import nnx
 from jmoe import config
 from jmoe.flops import feed_forwards, training_flops
 from jmoe.model.router import RouterStats
-from jmoe.model.transformer import RouterState, RouterStates, Stats, Transformer, by_layer
+from jmoe.model.transformer import MaxLogits, RouterState, RouterStates, Stats, Transformer, by_layer
 from jmoe.sharding import is_variable
 
 DEAD = 0.01
@@ -79,6 +79,17 @@ def describe_routing(
         f"{name}_by_layer": [row[name] for row in rows]
         for name in rows[0]
         if any(row[name] is not None for row in rows)
+    }
+
+
+def describe_attention(max_logits: MaxLogits, threshold: float) -> dict[str, Any]:
+    """The highest attention logit of each layer before the clip, over the heads, and of all; how many heads of all
+    layers are clipped to the threshold."""
+    heads = [np.asarray(layer)[repeat] for group in max_logits for repeat in range(len(group[0])) for layer in group]
+    return {
+        "max_attention_logit": np.max(heads),
+        "max_attention_logit_by_layer": [row.max() for row in heads],
+        "clipped_heads": int((np.array(heads) > threshold).sum()),
     }
 
 

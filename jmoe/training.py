@@ -12,10 +12,12 @@ from jaxtyping import Array
 
 from jmoe import config, optim
 from jmoe.batch import Batch
-from jmoe.loss import Sums, Totals, forward, hidden_states, loss_terms, totals
-from jmoe.model.transformer import RouterStates, Stats, Transformer, router_states, update_routers
+from jmoe.loss import Sums, Totals, forward, loss_terms, run_layers, totals
+from jmoe.model.transformer import MaxLogits, RouterStates, Stats, Transformer, router_states, update_routers
+from jmoe.optim.averaging import moving_average
+from jmoe.optim.qk_clip import qk_clip
 from jmoe.sharding import batch_sharding, replicated, tree_shardings
-from jmoe.telemetry import describe_routing
+from jmoe.telemetry import describe_attention, describe_routing
 
 
 class TrainState(NamedTuple):
@@ -33,6 +35,8 @@ class TrainState(NamedTuple):
     """int32 scalar: how many of them were the last ones."""
     key: Array
     """the run's random key; what is random at a step folds the step in."""
+    ema: Transformer | None = None
+    """float32: average of the parameters over the updates, for `Config.ema`."""
 
 
 class Metrics(NamedTuple):
@@ -43,6 +47,8 @@ class Metrics(NamedTuple):
     total: Totals
     routers: RouterStates
     """state of the routers that routed the batch."""
+    max_logits: MaxLogits | None = None
+    """of each head the highest attention logit over the batch, for `Config.qk_clip`."""
 
 
 def init_state(settings: config.Config) -> TrainState:
@@ -50,7 +56,8 @@ def init_state(settings: config.Config) -> TrainState:
     key, params_key = jax.random.split(jax.random.key(settings.seed))
     params: Any = Transformer(settings.model, params_key)
     zero = jnp.zeros((), jnp.int32)
-    return TrainState(zero, params, optim.transformation(settings.optim).init(params), zero, zero, key)
+    ema = None if settings.ema is None else jax.tree.map(jnp.copy, params)
+    return TrainState(zero, params, optim.transformation(settings.optim).init(params), zero, zero, key, ema)
 
 
 def abstract_state(settings: config.Config, mesh: jax.sharding.Mesh) -> TrainState:
@@ -83,20 +90,25 @@ def gradients(params: Transformer, batch: Batch, settings: config.Config) -> tup
     total = totals(batch)
 
     def objective(params, micro_batch, counts):
-        sums = forward(params, micro_batch, settings)
-        return loss_terms(sums, sums.stats if counts is None else counts, total, settings)[0], sums
+        sums, max_logits = forward(params, micro_batch, settings)
+        measured = None if settings.qk_clip is None else max_logits
+        return loss_terms(sums, sums.stats if counts is None else counts, total, settings)[0], (sums, measured)
 
-    gradient = jax.grad(objective, has_aux=True)
+    def gradient(micro_batch, counts):
+        grads, (sums, max_logits) = jax.grad(objective, has_aux=True)(params, micro_batch, counts)
+        return (grads, sums), max_logits
+
     if settings.accumulation == 1:
-        grads, sums = gradient(params, batch, None)
+        (grads, sums), max_logits = gradient(batch, None)
     else:
         micro_batches = jax.tree.map(partial(split_rows, parts=settings.accumulation), batch)
         counts = None
         if settings.loss.load_balance_loss or settings.loss.parameter_penalty:
-            counts = scan_sum(lambda micro_batch: hidden_states(params, micro_batch, settings)[1], micro_batches)
-        grads, sums = scan_sum(lambda micro_batch: gradient(params, micro_batch, counts), micro_batches)
+            counts, _ = scan_sum(lambda part: (run_layers(params, part, settings).stats, None), micro_batches)
+        (grads, sums), of_each = scan_sum(lambda part: gradient(part, counts), micro_batches)
+        max_logits = jax.tree.map(lambda x: x.max(0), of_each)
     loss, terms = loss_terms(sums, sums.stats, total, settings)
-    return grads, loss, Metrics({"loss": loss, **terms}, sums.stats, total, router_states(params))
+    return grads, loss, Metrics({"loss": loss, **terms}, sums.stats, total, router_states(params), max_logits)
 
 
 def split_rows(x: Array, parts: int) -> Array:
@@ -104,16 +116,21 @@ def split_rows(x: Array, parts: int) -> Array:
     return x.reshape(x.shape[0] // parts, parts, *x.shape[1:]).swapaxes(0, 1)
 
 
-def scan_sum(f: Callable[[Any], Any], xs: Any) -> Any:
-    """Σ f(x) over the leading axis, one after another, holding one result."""
-    shapes = jax.eval_shape(f, jax.tree.map(lambda x: x[0], xs))
+def scan_sum(f: Callable[[Any], tuple[Any, Any]], xs: Any) -> tuple[Any, Any]:
+    """For f(x) = (a, b), one after another over the leading axis: Σ a, of which one is held, and all b, stacked."""
+    shapes, _ = jax.eval_shape(f, jax.tree.map(lambda x: x[0], xs))
     zeros = jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), shapes)
-    return jax.lax.scan(lambda so_far, x: (jax.tree.map(jnp.add, so_far, f(x)), None), zeros, xs)[0]
+
+    def add(so_far, x):
+        a, b = f(x)
+        return jax.tree.map(jnp.add, so_far, a), b
+
+    return jax.lax.scan(add, zeros, xs)
 
 
 def train_step(state: TrainState, batch: Batch, settings: config.Config) -> tuple[TrainState, Metrics]:
-    """One optimiser step. Where the loss or a gradient is not finite, parameters and optimiser state stay as they are,
-    and the step is counted in `skipped_in_a_row`."""
+    """One optimiser step. Where the loss or a gradient is not finite, parameters, their average and optimiser state
+    stay as they are, and the step is counted in `skipped_in_a_row`."""
     grads, loss, metrics = gradients(state.params, batch, settings)
     grad_norm = optax.tree.norm(grads)
     finite = jnp.isfinite(loss) & jnp.isfinite(grad_norm)
@@ -123,8 +140,15 @@ def train_step(state: TrainState, batch: Batch, settings: config.Config) -> tupl
     direction, opt_state = optim.transformation(settings.optim).update(grads, state.opt_state, old)
     new: Any = optax.apply_updates(old, optax.tree.scale(-learning_rate, direction))
     new = update_routers(new, settings.model, metrics.stats, metrics.total.tokens)
+    if settings.qk_clip is not None:
+        assert metrics.max_logits is not None
+        new = qk_clip(new, metrics.max_logits, settings.qk_clip)
+    updates = state.step + 1 - state.skipped_total
+    ema = None if settings.ema is None else moving_average(state.ema, new, settings.ema, updates)
     # A choice for each element, since the operands of a condition would have to be stored, gradients in float32.
-    params, opt_state = jax.tree.map(partial(jnp.where, finite), (new, opt_state), (state.params, state.opt_state))
+    params, opt_state, ema = jax.tree.map(
+        partial(jnp.where, finite), (new, opt_state, ema), (state.params, state.opt_state, state.ema)
+    )
     skipped_total = state.skipped_total + ~finite
     skipped_in_a_row = jnp.where(finite, 0, state.skipped_in_a_row + 1)
     metrics.scalars.update(
@@ -134,7 +158,7 @@ def train_step(state: TrainState, batch: Batch, settings: config.Config) -> tupl
         skipped_total=skipped_total,
         skipped_in_a_row=skipped_in_a_row,
     )
-    return TrainState(state.step + 1, params, opt_state, skipped_total, skipped_in_a_row, state.key), metrics
+    return TrainState(state.step + 1, params, opt_state, skipped_total, skipped_in_a_row, state.key, ema), metrics
 
 
 class OnMesh:
@@ -176,7 +200,7 @@ def make_eval_step(settings: config.Config, mesh: jax.sharding.Mesh) -> OnMesh:
 
     def eval_step(params, batch):
         return EvalSums(
-            forward(params, batch, settings),
+            forward(params, batch, settings)[0],
             batch.loss_mask.sum(dtype=jnp.float32),
             (batch.segment_ids > 0).sum(dtype=jnp.float32),
         )
@@ -188,7 +212,11 @@ def describe(settings: config.Config, metrics: Metrics) -> dict[str, Any]:
     """A step's metrics as plain values, the router's by `describe_routing`. Waits for the step to end."""
     tokens = float(metrics.total.tokens)
     routing = describe_routing(settings.model, settings.data.seq_len, metrics.stats, tokens, metrics.routers)
-    return {name: np.asarray(value)[()] for name, value in metrics.scalars.items()} | routing
+    values = {name: np.asarray(value)[()] for name, value in metrics.scalars.items()} | routing
+    if metrics.max_logits is not None:
+        assert settings.qk_clip is not None
+        values |= describe_attention(metrics.max_logits, settings.qk_clip)
+    return values
 
 
 def checkpoint_items(state: TrainState, fingerprints: dict[str, str]) -> dict[str, Any]:
@@ -196,6 +224,7 @@ def checkpoint_items(state: TrainState, fingerprints: dict[str, str]) -> dict[st
     return {
         "params": state.params,
         "optimizer": state.opt_state,
+        "ema": state.ema,
         "random": {"key": state.key},
         "skipped": {"skipped_total": state.skipped_total, "skipped_in_a_row": state.skipped_in_a_row},
         "data": {"step": state.step, **fingerprints},
@@ -206,4 +235,5 @@ def from_checkpoint(items: dict[str, Any]) -> tuple[TrainState, dict[str, str]]:
     """The state and the fingerprints that `checkpoint_items` took apart."""
     data = dict(items["data"])
     step = data.pop("step")
-    return TrainState(step, items["params"], items["optimizer"], **items["skipped"], **items["random"]), data
+    params, opt_state, ema = (items[name] for name in ("params", "optimizer", "ema"))
+    return TrainState(step, params, opt_state, **items["skipped"], **items["random"], ema=ema), data

@@ -12,7 +12,7 @@ LEVELS = [
     "model metrics",
     "loss optim telemetry",
     "training",
-    "checkpoint evaluation convert generate aot",
+    "checkpoint evaluation convert generate aot merge",
     "language_model branch __init__",
     "train eval",
 ]

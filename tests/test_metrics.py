@@ -228,3 +228,15 @@ def test_a_dense_model_and_a_resumed_run(clock, output):
     progress = Progress(40, 20, 10)
     progress.update(21, {"loss": 1.0})
     assert stream.getvalue() == "step 21/40  loss 1.0000          - tokens/s        ? left\n"
+
+
+def test_tags_of_values_of_all_layers_and_of_moe_layers_alone():
+    record = {
+        "moe_layers": [1, 3],
+        "load_cv_by_layer": [0.5, 0.25],
+        "max_attention_logit_by_layer": [1.0, 2.0, 3.0, 4.0],
+    }
+    tags = metrics._by_tag(record)
+    assert tags["load_cv/layer_3"] == 0.25 and tags["max_attention_logit/layer_2"] == 3.0
+    del record["moe_layers"], record["load_cv_by_layer"]
+    assert len(metrics._by_tag(record)) == 4

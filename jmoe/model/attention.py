@@ -9,7 +9,7 @@ from jaxtyping import Array, Float, Int, PRNGKeyArray
 
 from jmoe import config
 from jmoe.model.layers import RMSNorm, normal, parameter, rotate
-from jmoe.ops.attention import attention
+from jmoe.ops.attention import attention_and_maxima
 from jmoe.ops.matmul import matmul
 from jmoe.sharding import shard, spec, undivided
 
@@ -52,8 +52,9 @@ class Attention(nnx.Module):
 
     def __call__(
         self, x: Float[Array, "B S D"], place: Place, cache: Cache | None = None
-    ) -> tuple[Float[Array, "B S D"], Cache | None]:
-        """Returns the output and, where a cache is given, the cache with this call's keys and values written in."""
+    ) -> tuple[Float[Array, "B S D"], Cache | None, Float[Array, "B N"]]:
+        """Returns the output; where a cache is given, the cache with this call's keys and values written in; and of
+        each row and head the highest logit before the softmax."""
         q, k, v = (to_heads(x, weight[...]) for weight in (self.query, self.key, self.value))
         if self.query_norm is not None and self.key_norm is not None:
             q, k = self.query_norm(q), self.key_norm(k)
@@ -68,22 +69,26 @@ class Attention(nnx.Module):
                 jax.lax.dynamic_update_slice_in_dim(cache.values, v, place.start, axis=1),
             )
             k, v = cache
-        mixed = attend(q, k, v, place)
-        return from_heads(mixed, self.out[...]), cache
+        mixed, maxima = attend(q, k, v, place)
+        return from_heads(mixed, self.out[...]), cache, maxima
 
 
 def attend(
     q: Float[Array, "B S N H"], k: Float[Array, "B L G H"], v: Float[Array, "B L G H"], place: Place
-) -> Float[Array, "B S N H"]:
-    """`attention` on the mesh in use, each device with its own rows and heads: XLA cannot split a Pallas kernel."""
+) -> tuple[Float[Array, "B S N H"], Float[Array, "B N"]]:
+    """`attention_and_maxima` on the mesh in use, each device with its own rows and heads: XLA cannot split a Pallas
+    kernel."""
     places = place.segment_ids, place.key_segment_ids, place.positions, place.key_positions
     if undivided():
-        return attention(q, k, v, *places)
+        return attention_and_maxima(q, k, v, *places)
     rows = spec("batch", "seq")
     queries, keys = (spec("batch", "seq", heads, "head_dim") for heads in ("heads", "kv_heads"))
     # Unchecked, since Pallas kernels do not say over which axes their results vary.
     on_device = jax.shard_map(
-        attention, in_specs=(queries, keys, keys, rows, rows, rows, rows), out_specs=queries, check_vma=False
+        attention_and_maxima,
+        in_specs=(queries, keys, keys, rows, rows, rows, rows),
+        out_specs=(queries, spec("batch", "heads")),
+        check_vma=False,
     )
     return on_device(q, k, v, *places)
 

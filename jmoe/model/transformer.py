@@ -20,6 +20,21 @@ Remat = Literal["none", "dots", "full"]
 # Per layer group, per layer of its pattern: arrays stacked over the group's repeats, None for dense layers.
 Stats = tuple[tuple[RouterStats | None, ...], ...]
 Caches = tuple[tuple[Cache, ...], ...]
+# Likewise, of every layer: float32 [repeats, ..., N], of each query head the highest attention logit.
+MaxLogits = tuple[tuple[Array, ...], ...]
+
+
+class Outputs(NamedTuple):
+    """What the model returns for B rows of S tokens."""
+
+    hidden: Array
+    """[B, S, D]: hidden states before the head, in the dtype of the layers."""
+    stats: Stats
+    """router statistics, sums over the tokens."""
+    caches: Caches | None
+    """with this call's tokens written in, where there are any."""
+    max_logits: MaxLogits
+    """of each row, [repeats, B, N], over pairs of a query and a key that it sees, padding left out."""
 
 
 class Layer(nnx.Module):
@@ -38,15 +53,15 @@ class Layer(nnx.Module):
 
     def __call__(
         self, x: Float[Array, "B S D"], place: Place, cache: Cache | None, transport: config.Transport
-    ) -> tuple[Float[Array, "B S D"], RouterStats | None, Cache | None]:
-        mixed, cache = self.attention(self.attention_norm(x), place, cache)
+    ) -> tuple[Float[Array, "B S D"], RouterStats | None, Cache | None, Float[Array, "B N"]]:
+        mixed, cache, max_logits = self.attention(self.attention_norm(x), place, cache)
         x = shard(x + mixed, "batch", "seq", "embed")
         h, stats = self.feed_forward_norm(x), None
         if isinstance(self.feed_forward, MoE):
             h, stats = self.feed_forward(h, place.segment_ids > 0, transport)
         else:
             h = self.feed_forward(h)
-        return shard(x + h, "batch", "seq", "embed"), stats, cache
+        return shard(x + h, "batch", "seq", "embed"), stats, cache, max_logits
 
 
 class Transformer(nnx.Module):
@@ -79,7 +94,21 @@ class Transformer(nnx.Module):
         transport: config.Transport = config.Automatic(),
         caches: Caches | None = None,
     ) -> tuple[Float[Array, "B S D"], Stats, Caches | None]:
-        """Hidden states before the head.
+        """Hidden states before the head, router statistics and caches; `run` has the arguments."""
+        outputs = self.run(tokens, place, dtype=dtype, remat=remat, transport=transport, caches=caches)
+        return outputs.hidden, outputs.stats, outputs.caches
+
+    def run(
+        self,
+        tokens: Int[Array, "B S"],
+        place: Place,
+        *,
+        dtype: DTypeLike = jnp.float32,
+        remat: Remat = "none",
+        transport: config.Transport = config.Automatic(),
+        caches: Caches | None = None,
+    ) -> Outputs:
+        """Runs the layers. What a caller does not use of the outputs is not computed, under `jax.jit`.
 
         Args:
           tokens: int32 [B, S].
@@ -88,28 +117,28 @@ class Transformer(nnx.Module):
           remat: what the backward pass recomputes.
           transport: how tokens reach experts on other devices.
           caches: keys and values of earlier tokens, as `empty_caches` makes them.
-
-        Returns:
-          Hidden states [B, S, D] in `dtype`, router statistics, and the caches with this call's tokens written in.
         """
         x = shard(self.embedding[...].astype(dtype)[tokens], "batch", "seq", "embed")
-        all_stats, all_caches = [], []
+        all_stats, all_caches, all_logits = [], [], []
         for g, pattern in enumerate(self.layers):
 
             def apply_pattern(x, scanned):
                 layers, layer_caches = scanned
-                stats, new_caches = [], []
+                stats, new_caches, max_logits = [], [], []
                 for i, layer in enumerate(layers):
-                    x, layer_stats, cache = layer(x, place, layer_caches and layer_caches[i], transport)
+                    x, layer_stats, cache, highest = layer(x, place, layer_caches and layer_caches[i], transport)
                     stats.append(layer_stats)
                     new_caches.append(cache)
-                return x, (tuple(stats), tuple(new_caches))
+                    max_logits.append(highest)
+                return x, (tuple(stats), tuple(new_caches), tuple(max_logits))
 
             scanned = (_rounded_gradients(pattern, dtype), None if caches is None else caches[g])
-            x, (stats, new_caches) = jax.lax.scan(rematerialise(apply_pattern, remat), x, scanned)
+            x, (stats, new_caches, max_logits) = jax.lax.scan(rematerialise(apply_pattern, remat), x, scanned)
             all_stats.append(stats)
             all_caches.append(new_caches)
-        return self.final_norm(x), tuple(all_stats), None if caches is None else tuple(all_caches)
+            all_logits.append(max_logits)
+        new_caches = None if caches is None else tuple(all_caches)
+        return Outputs(self.final_norm(x), tuple(all_stats), new_caches, tuple(all_logits))
 
     def head_weight(self) -> Float[Array, "D V"]:
         """The output projection, float32 [D, V]: the embedding transposed if they are tied."""

@@ -15,6 +15,8 @@ from jaxtyping import Array, Float, Int
 from jmoe.ops import splash_attention
 
 MIN_BLOCK, MAX_BLOCKS = 128, 8
+TILE = 256
+LOWEST = jnp.finfo(jnp.float32).min
 
 _einsum = partial(jnp.einsum, preferred_element_type=jnp.float32)
 
@@ -49,18 +51,36 @@ def attention(
     Returns:
       [B, S, N, H] in the dtype of `queries`; the softmax is float32.
     """
+    places = query_segments, key_segments, query_positions, key_positions
+    return attention_and_maxima(queries, keys, values, *places)[0]
+
+
+def attention_and_maxima(
+    queries: Float[Array, "B S N H"],
+    keys: Float[Array, "B L G H"],
+    values: Float[Array, "B L G H"],
+    query_segments: Int[Array, "B S"],
+    key_segments: Int[Array, "B L"],
+    query_positions: Int[Array, "B S"],
+    key_positions: Int[Array, "B L"],
+) -> tuple[Float[Array, "B S N H"], Float[Array, "B N"]]:
+    """`attention`, and of each row and head the highest Q Kᵀ / √H of a query with a key that it sees, float32.
+
+    Queries of segment 0, padding, do not count; without any other the highest is the least float32. No gradient flows
+    through it. Where nobody uses it, it is not computed.
+    """
     B, S, N, H = queries.shape
     G = keys.shape[2]
     grouped = queries.reshape(B, S, G, N // G, H)
-    out = _attention(
+    out, maxima = _attention(
         grouped, keys, values, Tokens(query_segments, query_positions), Tokens(key_segments, key_positions)
     )
-    return out.reshape(B, S, N, H)
+    return out.reshape(B, S, N, H), maxima.reshape(B, N)
 
 
 @jax.custom_vjp
 def _attention(queries, keys, values, of_queries, of_keys):
-    """For queries [B, S, G, n, H], n query heads for each of the G key heads."""
+    """For queries [B, S, G, n, H], n query heads for each of the G key heads: output, and maxima [B, G, n]."""
     return _either_forward(queries, keys, values, of_queries, of_keys)[0]
 
 
@@ -81,17 +101,46 @@ def _either_forward(*inputs):
         B, S, G, n, H = queries.shape
         rows = queries.reshape(B, S, G * n, H), keys, values, of_queries.segments
         out, log_partition = splash_attention.forward(*rows)
-        return out.reshape(queries.shape), log_partition.reshape(shape)
+        maxima = _maxima(queries, keys, of_queries, of_keys)
+        return (out.reshape(queries.shape), maxima), log_partition.reshape(shape)
 
     def blocked(*inputs):
         out, residuals = _forward(*inputs)
         return out, residuals[-1]
 
-    out, log_partition = jax.lax.platform_dependent(*inputs, tpu=splash, default=blocked)
-    return out, (*inputs, out, log_partition)
+    (out, maxima), log_partition = jax.lax.platform_dependent(*inputs, tpu=splash, default=blocked)
+    return (out, maxima), (*inputs, out, log_partition)
 
 
-def _either_backward(residuals, d_out):
+def _maxima(queries, keys, of_queries, of_keys):
+    """What `_forward` reads off its scores, for the kernels, which do not tell: tile by tile on and below the diagonal,
+    of which one is held at a time."""
+    B, S, G, n, _ = queries.shape
+    q, k = queries.transpose(0, 2, 4, 3, 1), keys.transpose(0, 2, 1, 3)
+    size = next(size for size in (TILE, MIN_BLOCK, S) if S % size == 0)
+    row, column = jnp.tril_indices(S // size)
+
+    def tile(so_far, start):
+        of_row, of_column = (
+            jax.tree.map(lambda x, at=at: jax.lax.dynamic_slice_in_dim(x, at, size, 1), tokens)
+            for tokens, at in zip((of_queries, of_keys), start, strict=True)
+        )
+        rows = jax.lax.dynamic_slice_in_dim(q, start[0], size, 4)
+        columns = jax.lax.dynamic_slice_in_dim(k, start[1], size, 2)
+        most = _scores(rows, columns, of_row, of_column).max(2, keepdims=True)
+        return jnp.maximum(so_far, _highest(most, of_row)), None
+
+    return jax.lax.scan(tile, jnp.full((B, G, n), LOWEST), (row * size, column * size))[0]
+
+
+def _highest(most, of_queries):
+    """[B, G, n] of each query's highest score, [B, G, 1, n, S], but for padding."""
+    valid = of_queries.segments > 0
+    return jnp.where(valid[:, None, None, None, :], most, LOWEST).max((2, 4))
+
+
+def _either_backward(residuals, d_both):
+    d_out, _ = d_both
     if not _splash_applies(*residuals[:2]):
         return _backward(residuals, d_out)
 
@@ -129,7 +178,7 @@ def _scores(queries, keys, of_queries, of_keys):
     scores = _einsum("BGLH,BGHnS->BGLnS", keys, queries) * keys.shape[3] ** -0.5
     seen = of_keys.segments[:, :, None] == of_queries.segments[:, None, :]
     seen &= of_keys.positions[:, :, None] <= of_queries.positions[:, None, :]
-    return jnp.where(seen[:, None, :, None, :], scores, jnp.finfo(jnp.float32).min)
+    return jnp.where(seen[:, None, :, None, :], scores, LOWEST)
 
 
 def _part(tokens, block):
@@ -139,7 +188,7 @@ def _part(tokens, block):
 def _forward(queries, keys, values, of_queries, of_keys):
     q = queries.transpose(0, 2, 4, 3, 1)
     k, v = keys.transpose(0, 2, 1, 3), values.transpose(0, 2, 3, 1)
-    outs, log_partitions = [], []
+    outs, log_partitions, maxima = [], [], []
     for block, seen in _blocks(q.shape[4], k.shape[2]):
         scores = _scores(q[..., block], k[:, :, seen], _part(of_queries, block), _part(of_keys, seen))
         most = scores.max(2, keepdims=True)
@@ -150,8 +199,10 @@ def _forward(queries, keys, values, of_queries, of_keys):
         )
         outs.append((weighted / total).astype(queries.dtype))
         log_partitions.append(most + jnp.log(total))
+        maxima.append(_highest(most, _part(of_queries, block)))
     outT = jnp.concatenate(outs, -1).transpose(0, 4, 1, 3, 2)
-    return outT, (queries, keys, values, of_queries, of_keys, outT, jnp.concatenate(log_partitions, -1))
+    residuals = queries, keys, values, of_queries, of_keys, outT, jnp.concatenate(log_partitions, -1)
+    return (outT, jnp.stack(maxima).max(0)), residuals
 
 
 def _backward(residuals, d_out):

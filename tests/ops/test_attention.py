@@ -107,3 +107,34 @@ def test_padding_stays_finite_and_apart():
         rtol=1e-5,
         atol=1e-5,
     )
+
+
+def highest(q, k, query_segments, key_segments, query_positions, key_positions):
+    """One query at a time, in float64; padding does not count."""
+    B, S, N, H = q.shape
+    out = np.full((B, N), -np.inf)
+    for b, s, n in np.ndindex(B, S, N):
+        seen = (key_segments[b] == query_segments[b, s]) & (key_positions[b] <= query_positions[b, s])
+        if query_segments[b, s] and seen.any():
+            out[b, n] = max(out[b, n], (k[b, seen, n // (N // k.shape[2])] @ q[b, s, n]).max() / np.sqrt(H))
+    return out
+
+
+def test_maxima_are_over_what_is_seen(monkeypatch):
+    """Across blocks, by the scores of the forward pass and tile by tile; the greatest logits are with keys after the
+    query, of another document, or padding."""
+    monkeypatch.setattr(module, "MIN_BLOCK", 4)
+    monkeypatch.setattr(module, "TILE", 8)
+    q, k, v = arrays(24, 4, 2)
+    segments, positions = packed([[3, 2, 13, 6], [5, 19]], 24)
+    segments[1, 20:], positions[1, 20:] = 0, 0
+    q[1, 20:] *= 100
+    k[0, 23] *= 100
+    places = segments, segments, positions, positions
+    want = highest(q, k, *places)
+    out, got = module.attention_and_maxima(*map(jnp.asarray, (q, k, v, *places)))
+    np.testing.assert_allclose(got, want, rtol=1e-5)
+    np.testing.assert_array_equal(out, attention(*map(jnp.asarray, (q, k, v, *places))))
+    tokens = module.Tokens(jnp.asarray(segments), jnp.asarray(positions))
+    tiles = module._maxima(jnp.asarray(q).reshape(2, 24, 2, 2, 6), jnp.asarray(k), tokens, tokens)
+    np.testing.assert_allclose(tiles.reshape(2, 4), want, rtol=1e-5)
