@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-from jaxtyping import Array
+from jaxtyping import Array, Float
 
 from jmoe import config, optim
 from jmoe.batch import Batch
@@ -129,13 +129,19 @@ def scan_sum(f: Callable[[Any], tuple[Any, Any]], xs: Any) -> tuple[Any, Any]:
 
 
 def train_step(state: TrainState, batch: Batch, settings: config.Config) -> tuple[TrainState, Metrics]:
+    """`take_step` at the learning rate of the run's schedule."""
+    learning_rate = jnp.asarray(optim.schedule(settings.optim, settings.steps)(state.step), jnp.float32)
+    return take_step(state, batch, learning_rate, settings)
+
+
+def take_step(
+    state: TrainState, batch: Batch, learning_rate: Float[Array, ""], settings: config.Config
+) -> tuple[TrainState, Metrics]:
     """One optimiser step. Where the loss or a gradient is not finite, parameters, their average and optimiser state
     stay as they are, and the step is counted in `skipped_in_a_row`."""
     grads, loss, metrics = gradients(state.params, batch, settings)
     grad_norm = optax.tree.norm(grads)
     finite = jnp.isfinite(loss) & jnp.isfinite(grad_norm)
-    learning_rate = jnp.asarray(optim.schedule(settings.optim, settings.steps)(state.step), jnp.float32)
-
     old: Any = state.params  # optax's types know only dicts, lists and arrays
     direction, opt_state = optim.transformation(settings.optim).update(grads, state.opt_state, old)
     new: Any = optax.apply_updates(old, optax.tree.scale(-learning_rate, direction))

@@ -236,7 +236,7 @@ def test_tags_of_values_of_all_layers_and_of_moe_layers_alone():
         "load_cv_by_layer": [0.5, 0.25],
         "max_attention_logit_by_layer": [1.0, 2.0, 3.0, 4.0],
     }
-    tags = metrics._by_tag(record)
+    tags = module._by_tag(record)
     assert tags["load_cv/layer_3"] == 0.25 and tags["max_attention_logit/layer_2"] == 3.0
     del record["moe_layers"], record["load_cv_by_layer"]
-    assert len(metrics._by_tag(record)) == 4
+    assert len(module._by_tag(record)) == 4

@@ -57,8 +57,8 @@ def test_the_step_averages_what_it_updates_and_skipped_steps_are_none(devices):
     for seed in range(5):
         # Copies: a view of the arrays from the host would keep them from being donated.
         before = jax.tree.map(jnp.copy, state.ema)
+        gain = jnp.copy(state.params.final_norm.gain[...])
         if seed == 2:  # its gradients are not finite
-            gain = state.params.final_norm.gain[...]
             state.params.final_norm.gain[...] = gain.at[0].set(jnp.nan)
         old, (state, metrics) = state, step(state, training.put_batch(random_batch(seed), mesh))
         assert all(leaf.is_deleted() for leaf in jax.tree.leaves(old.ema))
