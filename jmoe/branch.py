@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 from jmoe import recipe
 from jmoe.checkpoint import Checkpoints
 from jmoe.config import WSD, Config, Constant, Cosine, InputError, require
-from jmoe.run_directory import FREE, LEARNING_RATE, RunDirectory, differences
+from jmoe.run_directory import FREE, LEARNING_RATE, RunDirectory, changes
 
 
 class Origin(NamedTuple):
@@ -82,7 +82,7 @@ def check(settings: Config, *, allow_learning_rate: bool = False) -> None:
     assert saved is not None
     source = recipe.from_dict(saved)
     free = (*FREE, *(LEARNING_RATE if allow_learning_rate else ()), "optim.schedule", "decay_from")
-    changed = differences(recipe.to_dict(source), recipe.to_dict(settings), free)
+    changed = changes(recipe.to_dict(source), recipe.to_dict(settings), free)
     if changed:
         lines = "".join(f"\n  {key}: {text}" for key, text in changed)
         raise InputError(f"{where}: a branch is of the same model, data and optimiser as its run; undo:{lines}")

@@ -153,7 +153,7 @@ def check_resume(old: dict[str, Any], new: dict[str, Any], *, allow_learning_rat
     `FREE` keys may differ; learning rate and schedule may with `allow_learning_rate`. Raises InputError with a line
     and below it one indented line for each difference in the way.
     """
-    changed = differences(old, new, (*FREE, *LEARNING_RATE) if allow_learning_rate else FREE)
+    changed = changes(old, new, (*FREE, *LEARNING_RATE) if allow_learning_rate else FREE)
     if not changed:
         return
     only_rate = all(_within(key, LEARNING_RATE) for key, _ in changed)
@@ -162,10 +162,9 @@ def check_resume(old: dict[str, Any], new: dict[str, Any], *, allow_learning_rat
     raise InputError(f"this command cannot go on with the run in its directory; give {ways}, or undo:{lines}")
 
 
-def differences(old: dict[str, Any], new: dict[str, Any], free: tuple[str, ...] = ()) -> list[tuple[str, str]]:
-    """Dotted key and description of each difference of two configurations in JSON form, but for the `free` keys and
-    what stands below them."""
-    return [(key, text) for key, text in _differences(old, new) if not _within(key, free)]
+def changes(old: dict[str, Any], new: dict[str, Any], free: tuple[str, ...]) -> list[tuple[str, str]]:
+    """The `differences` of two configurations in JSON form, but for the `free` keys and what stands below them."""
+    return [(key, text) for key, text in differences(old, new) if not _within(key, free)]
 
 
 def source_fingerprints(split: str, fingerprints: Iterable[str]) -> dict[str, str]:
@@ -178,7 +177,7 @@ def check_fingerprints(old: dict[str, str], new: dict[str, str]) -> None:
 
     Raises InputError in the manner of `check_resume`.
     """
-    lines = "".join(f"\n  {key}: {text}" for key, text in _differences(old, new))
+    lines = "".join(f"\n  {key}: {text}" for key, text in differences(old, new))
     if lines:
         raise InputError(f"the text or tokenizer on this machine is not what the run was trained on:{lines}")
 
@@ -187,8 +186,8 @@ def _within(key: str, sections: tuple[str, ...]) -> bool:
     return any(key == section or key.startswith(f"{section}.") for section in sections)
 
 
-def _differences(old: Any, new: Any, key: str = "") -> Iterator[tuple[str, str]]:
-    """Dotted path and description of each leaf in which two JSON values differ."""
+def differences(old: Any, new: Any, key: str = "") -> Iterator[tuple[str, str]]:
+    """Dotted path and description of each leaf in which two JSON values, a run's and a command's, differ."""
     if isinstance(old, list) and isinstance(new, list):
         old, new = dict(enumerate(old)), dict(enumerate(new))
     if not (isinstance(old, dict) and isinstance(new, dict)):
@@ -205,4 +204,4 @@ def _differences(old: Any, new: Any, key: str = "") -> Iterator[tuple[str, str]]
         elif name not in old:
             yield f"{dot}{name}", f"run has no such entry, command says {json.dumps(new[name])}"
         else:
-            yield from _differences(old[name], new[name], f"{dot}{name}")
+            yield from differences(old[name], new[name], f"{dot}{name}")

@@ -52,9 +52,14 @@ class Attention(nnx.Module):
 
     def __call__(
         self, x: Float[Array, "B S D"], place: Place, cache: Cache | None = None
+    ) -> tuple[Float[Array, "B S D"], Cache | None]:
+        """Returns the output and, where a cache is given, the cache with this call's keys and values written in."""
+        return self.measured(x, place, cache)[:2]
+
+    def measured(
+        self, x: Float[Array, "B S D"], place: Place, cache: Cache | None = None
     ) -> tuple[Float[Array, "B S D"], Cache | None, Float[Array, "B N"]]:
-        """Returns the output; where a cache is given, the cache with this call's keys and values written in; and of
-        each row and head the highest logit before the softmax."""
+        """The same, and of each row and head the highest logit before the softmax (`attention_and_maxima`)."""
         q, k, v = (to_heads(x, weight[...]) for weight in (self.query, self.key, self.value))
         if self.query_norm is not None and self.key_norm is not None:
             q, k = self.query_norm(q), self.key_norm(k)

@@ -54,7 +54,7 @@ class Layer(nnx.Module):
     def __call__(
         self, x: Float[Array, "B S D"], place: Place, cache: Cache | None, transport: config.Transport
     ) -> tuple[Float[Array, "B S D"], RouterStats | None, Cache | None, Float[Array, "B N"]]:
-        mixed, cache, max_logits = self.attention(self.attention_norm(x), place, cache)
+        mixed, cache, max_logits = self.attention.measured(self.attention_norm(x), place, cache)
         x = shard(x + mixed, "batch", "seq", "embed")
         h, stats = self.feed_forward_norm(x), None
         if isinstance(self.feed_forward, MoE):

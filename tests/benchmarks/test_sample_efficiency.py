@@ -16,7 +16,8 @@ TOKENS = (1000, 2000, 4000)
 def run(optimiser="AdamW", seed=0, efficiency=1.0, noise=0.0, **changes):
     """Of loss 10 − log(efficiency · tokens)."""
     losses = tuple(10 + noise - math.log(efficiency * tokens) for tokens in TOKENS)
-    return Run("small", optimiser, 1e-3, seed, "hash", **({"tokens": TOKENS, "losses": losses} | changes))
+    given = {"learning_rate": 1e-3, "settings": "hash", "tokens": TOKENS, "losses": losses} | changes
+    return Run(size="small", optimiser=optimiser, seed=seed, **given)
 
 
 def test_tokens_to_a_loss_are_read_between_the_ends_of_decays():
