@@ -219,7 +219,9 @@ class Store:
         whole = [line for line in lines if line.endswith("\n")]
         if len(whole) < len(lines):  # torn by a kill
             path.write_text("".join(whole))
-        found = (Run(**json.loads(line)) for line in whole)
+        found = (
+            Run(**{k: tuple(v) if isinstance(v, list) else v for k, v in json.loads(line).items()}) for line in whole
+        )
         self.runs = {run.key: run for run in found}
 
     def get(self, trainer: Trainer, rate: float, seed: int) -> Run:
