@@ -1,0 +1,15 @@
+"""Models to other formats and back, from dense to sparse, and smaller: `python -m jmoe.convert COMMAND ...`.
+
+    __main__.py    the commands, each a module with `main(argv)`
+    exporting.py   export: a run to a folder that Hugging Face transformers reads
+    importing.py   import: such a folder to a run
+    upcycle.py     upcycle: a dense model to a mixture of experts
+    compress.py    prune, merge: experts removed or merged
+    families.py    which Hugging Face family is which `config.Model`, and the names of its tensors
+    mapping.py     jmoe's parameters, stacked over layers and experts, as single tensors of other names and layout
+    shards.py      safetensors files, read and written tensor by tensor
+    runs.py        the parameters of a run, read and written piece by piece
+    pytorch/       the modelling file that goes with a model that no family represents
+
+Neither PyTorch nor transformers is needed, and at no time is the whole model in memory.
+"""
