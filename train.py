@@ -26,7 +26,7 @@ from jmoe.distributed import AnyProcess, Distributed, together
 from jmoe.evaluation.perplexity import evaluate
 from jmoe.evaluation.routing_figure import plot_routing
 from jmoe.evaluation.routing_table import routing_table
-from jmoe.language_model import LanguageModel, check_vocabulary
+from jmoe.language_model import LanguageModel, check_start, check_vocabulary, read_parameters
 from jmoe.metrics import RunLog, last_step, last_validation
 from jmoe.model.expert_parallel import check_experts
 from jmoe.optim import roles
@@ -44,6 +44,8 @@ class Options:
 
     allow_learning_rate_change: bool = False
     """go on with another learning rate or schedule than the run began with [switch]"""
+    init_from: str | None = None
+    """a run whose newest parameters a new run begins with; steps, optimiser and data begin anew [path]"""
     print_sharding: bool = False
     """print how the mesh splits each parameter, and end [switch]"""
     print_optimizer: bool = False
@@ -89,6 +91,8 @@ def main(argv: list[str]) -> int:
                 check_resume(was, now, allow_learning_rate=options.allow_learning_rate_change)
             text = tokenizer.load(config.data)
             check_vocabulary(text, config)
+            if options.init_from is not None:
+                check_start(options.init_from, config, text)
             train_data, validation_data = prepare(config.data, text, "train"), prepare(config.data, text, "validation")
         fingerprints = {
             "tokenizer": text.fingerprint,
@@ -113,7 +117,10 @@ def main(argv: list[str]) -> int:
                 log.warning("%s holds no checkpoint, so the run begins anew", run.path)
             restored = origin and origin.restore(wanted)
         if restored is None:
+            given = None if options.init_from is None else read_parameters(options.init_from, state_shape.params)[1]
             state = training.create_state(config, mesh)
+            if given is not None:
+                state = training.begin_with(state, given)
         else:
             state, trained_on = training.from_checkpoint(restored[1])
             check_fingerprints(trained_on, fingerprints)

@@ -1,8 +1,10 @@
-"""A trained run as a model to use: `jmoe.load(run_dir)`."""
+"""A trained run as a model to use, `jmoe.load(run_dir)`, or to begin another run with."""
 
+import logging
 import os
 from functools import partial
 from pathlib import Path
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
@@ -16,9 +18,11 @@ from jmoe.data.tokenizer import Tokenizer
 from jmoe.generate import Sampling, check_tokens, generate
 from jmoe.model.attention import Place, positions_in_row
 from jmoe.model.transformer import Transformer
-from jmoe.run_directory import RunDirectory
+from jmoe.run_directory import RunDirectory, differences
 from jmoe.sharding import make_mesh
 from jmoe.training import abstract_state
+
+log = logging.getLogger("jmoe")
 
 
 class LanguageModel:
@@ -46,24 +50,13 @@ class LanguageModel:
         With `ema` the parameters are their moving average (`Config.ema`). Raises InputError if the directory is not
         that of a run, has no checkpoint yet or no average, CheckpointError if no checkpoint can be used.
         """
-        run = RunDirectory(Path(run_dir))
-        saved = run.read_config()
-        if saved is None:
-            raise InputError(f"{run_dir} is no run directory: it has no config.json")
-        settings = recipe.from_dict(saved)
+        settings, tokenizer = describe_run(run_dir)
         require(not ema or settings.ema is not None, f"{run_dir} keeps no average of its parameters: its ema is None")
         # One device reads whatever mesh the run was trained on.
         mesh = make_mesh(config.Mesh(), jax.local_devices()[:1])
         item, state = "ema" if ema else "params", abstract_state(settings, mesh)
-        abstract = {item: state.ema if ema else state.params}
-        checkpoints = Checkpoints(run.checkpoints, keep=1)
-        restored = checkpoints.restore(abstract, step, read_only=True)
-        if restored is None:
-            raise InputError(f"{run_dir} has no checkpoint yet")
-        step, items = restored
-        eos = settings.data.tokenizer.eos if isinstance(settings.data.tokenizer, config.TokenizerFile) else None
-        tokenizer = Tokenizer.from_file(run.tokenizer, eos)
-        return cls(settings, items[item], tokenizer, step, checkpoints.metadata(step).get("fingerprints"))
+        step, params, metadata = read_parameters(run_dir, state.ema if ema else state.params, step, item=item)
+        return cls(settings, params, tokenizer, step, metadata.get("fingerprints"))
 
     def logits(self, tokens: Int[np.ndarray, "B S"] | Int[Array, "B S"]) -> Float[Array, "B S V"]:
         """Next-token logits, float32 [B, S, V], of token ids int32 [B, S]; each row is one text.
@@ -101,6 +94,62 @@ def _logits(params, tokens, dtype):
     segments = jnp.ones_like(tokens)
     hidden, _, _ = params(tokens, Place(segments, positions, segments, positions), dtype=jnp.dtype(dtype))
     return params.logits(hidden)
+
+
+def describe_run(run_dir: str | os.PathLike[str]) -> tuple[config.Config, Tokenizer]:
+    """A run's own config and tokenizer. Raises InputError if the directory is not that of a run."""
+    run = RunDirectory(Path(run_dir))
+    saved = run.read_config()
+    if saved is None:
+        raise InputError(f"{run_dir} is no run directory: it has no config.json")
+    settings = recipe.from_dict(saved)
+    eos = settings.data.tokenizer.eos if isinstance(settings.data.tokenizer, config.TokenizerFile) else None
+    return settings, Tokenizer.from_file(run.tokenizer, eos)
+
+
+def read_parameters(
+    run_dir: str | os.PathLike[str],
+    abstract: Transformer | None,
+    step: int | None = None,
+    *,
+    item: Literal["params", "ema"] = "params",
+) -> tuple[int, Transformer, dict[str, Any]]:
+    """The parameters, or their average, of a run's newest good checkpoint, or of that of `step`, with the shardings of
+    `abstract`.
+
+    Returns the step, the parameters and the checkpoint's metadata. Raises InputError if there is no checkpoint,
+    CheckpointError if none can be used or the parameters are not those of `abstract`.
+    """
+    checkpoints = Checkpoints(RunDirectory(Path(run_dir)).checkpoints, keep=1)
+    restored = checkpoints.restore({item: abstract}, step, read_only=True)
+    if restored is None:
+        raise InputError(f"{run_dir} has no checkpoint yet")
+    step, items = restored
+    return step, items[item], checkpoints.metadata(step)
+
+
+def check_start(run_dir: str, settings: config.Config, tokenizer: Tokenizer) -> None:
+    """Whether a run of these settings may begin with the parameters of the run in `run_dir`.
+
+    Raises InputError if that is no run, the same run, or one of another tokenizer; warns of what differs in the model.
+    """
+    require(
+        settings.decay_from is None,
+        f"--init-from {run_dir} and --decay-from {settings.decay_from} are two beginnings; give one of them",
+    )
+    other, text = describe_run(run_dir)
+    require(
+        Path(run_dir).resolve() != Path(settings.run_dir or "").resolve(),
+        f"--init-from {run_dir} is the run directory itself; give the new run another --run-dir",
+    )
+    require(
+        text.fingerprint == tokenizer.fingerprint,
+        f"--init-from {run_dir} has another tokenizer; train with data.tokenizer = "
+        f"TokenizerFile({str(RunDirectory(Path(run_dir)).tokenizer)!r}), or its own",
+    )
+    was, now = (recipe.to_dict(each)["model"] for each in (other, settings))
+    for key, text in differences(was, now, "model"):
+        log.warning("--init-from %s: %s: %s", run_dir, key, text)
 
 
 def check_vocabulary(tokenizer: Tokenizer, settings: config.Config) -> None:

@@ -35,13 +35,15 @@ Options = TypeVar("Options")
 
 
 def load(path: str | os.PathLike[str]) -> Config:
-    """Runs a recipe file and returns what its `config()` returns, every field's type checked.
+    """Runs a recipe file and returns what its `config()` returns, every field's type checked; or reads a config.json.
 
     Raises `InputError` if the file is missing, fails, has no `config`, or returns anything but a sound `Config`.
     """
     path = Path(path)
     scope: dict[str, Any] = {"__name__": path.stem, "__file__": str(path)}
     try:
+        if path.suffix == ".json":
+            return from_dict(json.loads(path.read_bytes()))
         exec(compile(path.read_bytes(), str(path), "exec"), scope)
         require("config" in scope, f"{path} has no `def config() -> Config`")
         config = scope["config"]()
@@ -119,7 +121,8 @@ def parse(argv: Sequence[str], options: Options, *, default: str | os.PathLike[s
     recipe, flags = _positional(argv)
     path = Path(recipe or default)
     config = load(path)
-    usage = f"[RECIPE] [--flag value ...]\n\nRECIPE is a Python file with `def config() -> Config`; default {default}."
+    meaning = f"a Python file with `def config() -> Config`, or a run's config.json; default {default}"
+    usage = f"[RECIPE] [--flag value ...]\n\nRECIPE is {meaning}."
     options, config = _override([options, config], flags, usage)
     if config.run_dir is None:
         config = dataclasses.replace(config, run_dir=str(Path("runs") / path.stem))

@@ -60,6 +60,11 @@ def init_state(settings: config.Config) -> TrainState:
     return TrainState(zero, params, optim.transformation(settings.optim).init(params), zero, zero, key, ema)
 
 
+def begin_with(state: TrainState, params: Transformer) -> TrainState:
+    """The state before the first step with other parameters, which their average begins with too."""
+    return state._replace(params=params, ema=None if state.ema is None else jax.tree.map(jnp.copy, params))
+
+
 def abstract_state(settings: config.Config, mesh: jax.sharding.Mesh) -> TrainState:
     """Shapes, dtypes and shardings of the state, without making it."""
     shapes = jax.eval_shape(partial(init_state, settings))

@@ -97,7 +97,9 @@ def pieces(model: config.Model, table: Table) -> Iterator[Piece]:
                 continue
             moe = group.pattern[i]
             assert isinstance(moe, config.MoE)
-            before = [e for e, w in enumerate(moe.expert_widths) if w == sorted(set(moe.expert_widths))[int(in_bucket[2])]]
+            before = [
+                e for e, w in enumerate(moe.expert_widths) if w == sorted(set(moe.expert_widths))[int(in_bucket[2])]
+            ]
             for e, expert in enumerate(before):
                 name = in_bucket[1] + in_bucket[3]
                 yield _piece(parameter, (repeat, e), shape, name, table, layer=layer, expert=expert)
