@@ -19,6 +19,7 @@ import json
 import logging
 import os
 import shutil
+from collections.abc import Collection
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -35,6 +36,7 @@ ORBAX_METADATA = "_CHECKPOINT_METADATA"
 REMOVED = "removed-"
 DAMAGED = "damaged-"
 UNFINISHED = "unfinished-"
+CHUNK = 1 << 26  # bytes
 
 log = logging.getLogger("jmoe")
 
@@ -157,6 +159,7 @@ class Checkpoints:
                 _discard(self.directory / str(step))
             context = ocp.Context()
             context.array.saving.use_compression = False  # float weights hardly shrink, and a save takes twice as long
+            context.array.saving.scoped_storage_options_creator = _in_chunks
             # Created in the background, an early failure leaves threads behind that wait minutes for the directory.
             context.asynchronous.create_directories_asynchronously = False
             with context:
@@ -171,8 +174,7 @@ class Checkpoints:
                 raise response
             response.result()
             if jax.process_index() == 0:
-                write_json(path / ITEMS, described)
-                write_json(path / MANIFEST, _manifest(path))
+                seal(path, described)
         except Exception as error:
             if jax.process_index() == 0:
                 _discard(path)
@@ -211,23 +213,28 @@ class Checkpoints:
         Raises CheckpointError if checkpoints exist but none is good, if `step` is given and is not there or damaged,
         or if the arrays stored differ in name, shape or dtype from those asked for.
         """
-        found = step
-        with together(CheckpointError):
-            if jax.process_index() == 0:
-                if step is None:
-                    found = self._newest_good(abstract_items, read_only)
-                elif reason := self._damage(step, abstract_items):
-                    raise CheckpointError(
-                        f"step {step} in {self.directory}: {reason}; complete steps are {self.steps()}"
-                    )
-        found = from_first(-1 if found is None else found)
-        if found < 0:
+        found = self.find(abstract_items, step, read_only=read_only)
+        if found is None:
             return None
         with together(CheckpointError):
             loaded = self._load(found, abstract_items)
         return found, loaded
 
-    def _newest_good(self, abstract_items: dict[str, Any], read_only: bool) -> int | None:
+    def find(self, items: Collection[str], step: int | None = None, *, read_only: bool = False) -> int | None:
+        """The step that `restore` would take, its files checked: the newest whose `items` are good, or `step`."""
+        found = step
+        with together(CheckpointError):
+            if jax.process_index() == 0:
+                if step is None:
+                    found = self._newest_good(items, read_only)
+                elif reason := self._damage(step, items):
+                    raise CheckpointError(
+                        f"step {step} in {self.directory}: {reason}; complete steps are {self.steps()}"
+                    )
+        found = from_first(-1 if found is None else found)
+        return None if found < 0 else found
+
+    def _newest_good(self, items: Collection[str], read_only: bool) -> int | None:
         """The newest good step, None if nothing was ever saved; unless `read_only`, it puts the directory in order."""
         candidates = self._directories()
         unfinished = candidates.pop() if candidates and self._is_unfinished(candidates[-1]) else None
@@ -235,7 +242,7 @@ class Checkpoints:
             log.info("the save of step %d in %s was cut off before its end", unfinished, self.directory)
         good, damaged = None, {}
         for step in reversed(candidates):
-            reason = self._damage(step, abstract_items)
+            reason = self._damage(step, items)
             if not reason:
                 good = step
                 break
@@ -274,7 +281,7 @@ class Checkpoints:
         path = self.directory / str(newest)
         return not (path / MANIFEST).exists() and (path / ORBAX_METADATA).exists()
 
-    def _damage(self, step: int, items: dict[str, Any]) -> str | None:
+    def _damage(self, step: int, items: Collection[str]) -> str | None:
         """Why the files of `items` are not those that were saved; None if they are."""
         path = self.directory / str(step)
         if not path.is_dir():
@@ -325,6 +332,22 @@ class Checkpoints:
         for pattern in (f"{REMOVED}*", "*.orbax-checkpoint-tmp*"):
             for path in self.directory.glob(pattern):
                 shutil.rmtree(path, ignore_errors=True)
+
+
+def seal(path: Path, described: dict[str, dict[str, str]]) -> None:
+    """Writes what makes a step that Orbax has written count: `items.json`, then the manifest.
+
+    `described` has shape and dtype of each leaf of each item, such as "float32[3,4]".
+    """
+    write_json(path / ITEMS, described)
+    write_json(path / MANIFEST, _manifest(path))
+
+
+def _in_chunks(_: Any, leaf: Any) -> ocp.options.ArrayOptions.Saving.StorageOptions | None:
+    """Large arrays that are stacked over layers are stored layer by layer, so that a reader can take one at a time."""
+    if leaf.ndim < 3 or leaf.nbytes <= CHUNK:
+        return None
+    return ocp.options.ArrayOptions.Saving.StorageOptions(chunk_byte_size=CHUNK, shard_axes=(0,))
 
 
 def _abstract(leaf: Any) -> Any:

@@ -233,7 +233,11 @@ class Model:
     head_dim: int = 32
     """width of one head; even, for rotary positions [features]"""
     qk_norm: bool = True
-    """RMSNorm on queries and keys, per head [switch]"""
+    """RMSNorm on queries and keys [switch]"""
+    qk_norm_over: Literal["head", "projection"] = "head"
+    """what its mean square runs over: each head by itself, or all of them (OLMoE) [name]"""
+    qkv_bias: bool = False
+    """queries, keys and values have a bias (Qwen2) [switch]"""
     rope_base: float = 10000.0
     """base of the rotary frequencies [unitless]"""
     norm_eps: float = 1e-6

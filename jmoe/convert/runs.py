@@ -1,39 +1,149 @@
-"""The parameters of a run, read and written piece by piece."""
+"""The parameters of a run, read and written piece by piece.
 
+Orbax reads and writes trees as a whole. What it stores is one Zarr array for each leaf, all in one OCDBT database,
+which TensorStore reads and writes in parts.
+"""
+
+import json
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
+import tensorstore as ts
+from orbax.checkpoint import v1 as ocp
 
-from jmoe import config
+from jmoe import config, recipe
+from jmoe.checkpoint import ITEMS, Checkpoints, seal
+from jmoe.config import InputError
+from jmoe.convert.folder import new_folder
+from jmoe.convert.mapping import parameter_shapes
 from jmoe.data.tokenizer import Tokenizer
+from jmoe.language_model import describe_run
+from jmoe.run_directory import RunDirectory
+
+ITEM = "params"
+_PENDING = 1 << 26  # bytes written before what is under way has to be on its way to the disk
 
 
 class Run:
-    """A run's settings, tokenizer and the parameters of one of its checkpoints.
+    """A run's settings, tokenizer and the parameters of one of its checkpoints, which is read only.
 
     Raises InputError if the directory is not that of a run or has no checkpoint, CheckpointError if none is good.
     """
 
-    settings: config.Config
-    tokenizer: Tokenizer
-    step: int
-
     def __init__(self, run_dir: Path, step: int | None = None):
-        raise NotImplementedError
+        self.path = run_dir
+        self.settings, self.tokenizer = describe_run(run_dir)
+        checkpoints = Checkpoints(RunDirectory(run_dir).checkpoints, keep=1)
+        found = checkpoints.find([ITEM], step, read_only=True)
+        if found is None:
+            raise InputError(f"{run_dir} has no checkpoint yet")
+        self.step = found
+        self._folder = checkpoints.directory / str(found)
+        stored, expected = json.loads((self._folder / ITEMS).read_bytes())[ITEM], _described(self.settings.model)
+        if stored != expected:
+            differ = sorted(name for name in stored.keys() | expected.keys() if stored.get(name) != expected.get(name))
+            raise InputError(f"step {found} in {run_dir} does not fit the run's config.json: {', '.join(differ[:5])}")
+        self._block: tuple[str, int, np.ndarray] | None = None
 
-    def read(self, parameter: str) -> np.ndarray:
-        """A whole parameter, float32, under its name in `jmoe.checkpoint.flatten`."""
-        raise NotImplementedError
+    def read(self, parameter: str, index: tuple[int, ...] = ()) -> np.ndarray:
+        """parameter[index], float32, of the parameter with this name in `jmoe.checkpoint.flatten`.
+
+        With an index, what is stored together is read together and kept until another part is asked for.
+        """
+        if not index:
+            return np.asarray(self._open(parameter).read().result())
+        if self._block is not None and self._block[0] == parameter:
+            inside = index[0] - self._block[1]
+            if 0 <= inside < len(self._block[2]):
+                return self._block[2][(inside, *index[1:])]
+        self._block = None
+        array = self._open(parameter)
+        rows = array.chunk_layout.read_chunk.shape[0]
+        start = index[0] // rows * rows
+        block = np.asarray(array[start : min(start + rows, array.shape[0])].read().result())
+        self._block = parameter, start, block
+        return block[(index[0] - start, *index[1:])]
+
+    def _open(self, parameter: str) -> ts.TensorStore:
+        return ts.open(_spec(self._folder, parameter), read=True, open=True).result()
+
+
+class ParameterWriter:
+    """Writes the parameters of a new run, whole or in parts, in any order."""
+
+    def __init__(self, step_folder: Path, shapes: dict[str, tuple[int, ...]]):
+        context = ts.Context({"file_io_sync": False})  # all is synchronised at the end
+        opening = {}
+        self._pending: list[Any] = []
+        self._bytes = 0
+        for name, shape in shapes.items():
+            # A chunk is what is written at a time: a parameter that is stacked over layers comes layer by layer, and
+            # experts one by one.
+            apart = 2 if "/experts/" in name else 1 if name.startswith("layers/") else 0
+            chunk = (1,) * apart + shape[apart:]
+            opening[name] = ts.open(
+                _spec(step_folder, name),
+                context=context,
+                create=True,
+                delete_existing=True,
+                dtype=ts.float32,
+                shape=shape,
+                chunk_layout=ts.ChunkLayout(chunk_shape=chunk),
+            )
+        self._stores = {name: future.result() for name, future in opening.items()}
+
+    def write(self, parameter: str, index: tuple[int, ...], part: np.ndarray) -> None:
+        """parameter[index] = part."""
+        self._pending.append(self._stores[parameter][index].write(np.ascontiguousarray(part, np.float32)))
+        self._bytes += part.size * 4
+        if self._bytes > _PENDING:
+            self.wait()
+
+    def wait(self) -> None:
+        """Waits until all is written. Raises OSError if it cannot be."""
+        for future in self._pending:
+            try:
+                future.result()
+            except ValueError as error:  # TensorStore's errors of all kinds
+                raise OSError(str(error)) from error
+        self._pending, self._bytes = [], 0
 
 
 def write_run(
-    run_dir: Path, settings: config.Config, tokenizer: Tokenizer, parameter: Callable[[str], np.ndarray]
+    run_dir: Path, settings: config.Config, tokenizer: Tokenizer, write: Callable[[ParameterWriter], None]
 ) -> None:
     """Makes a run directory that holds `settings`, the tokenizer, and the parameters as the checkpoint of step 0.
 
-    `parameter` gives each by its name, float32 in jmoe's own shape; they are asked for one after another. The run can
-    be evaluated, exported, and given to `train.py --init-from`. Nothing is left behind if it fails.
-    Raises InputError if the directory exists and is not empty.
+    `write` is called with a writer, and gives it every part of every parameter. The run can be evaluated, exported,
+    and given to `train.py --init-from`. If it fails, nothing is left behind.
+
+    Raises InputError if the directory is there and not empty, CheckpointError if the disk does not take it all.
     """
-    raise NotImplementedError
+    shapes = parameter_shapes(settings.model)
+    with new_folder(run_dir) as folder:
+        run = RunDirectory(folder)
+        run.write_config(recipe.to_dict(settings))
+        tokenizer.save(run.tokenizer)
+        step_folder = run.checkpoints / "0"
+        # Orbax writes its own books, for a tree of the same names whose arrays are then made what they are to be.
+        context = ocp.Context()
+        context.array.saving.use_compression = False
+        metadata = {"config": recipe.to_dict(settings), "fingerprints": {"tokenizer": tokenizer.fingerprint}}
+        with context:
+            tree = {name: np.zeros(1, np.float32) for name in shapes}
+            ocp.save_checkpointables(str(step_folder.absolute()), {ITEM: tree}, custom_metadata=metadata)
+        writer = ParameterWriter(step_folder, shapes)
+        write(writer)
+        writer.wait()
+        seal(step_folder, {ITEM: _described(settings.model)})
+
+
+def _described(model: config.Model) -> dict[str, str]:
+    return {name: f"float32[{','.join(map(str, shape))}]" for name, shape in parameter_shapes(model).items()}
+
+
+def _spec(step_folder: Path, parameter: str) -> dict[str, Any]:
+    base = f"file://{(step_folder / ITEM).absolute()}/"
+    return {"driver": "zarr3", "kvstore": {"driver": "ocdbt", "base": base, "path": f"{parameter}/"}}

@@ -46,8 +46,12 @@ class Attention(nnx.Module):
         self.key = parameter(normal(k, (D, G, H), model.init_std), "embed", "kv_heads", "head_dim")
         self.value = parameter(normal(v, (D, G, H), model.init_std), "embed", "kv_heads", "head_dim")
         self.out = parameter(normal(o, (N, H, D), model.init_std), "heads", "head_dim", "embed")
-        self.query_norm = RMSNorm(H, model.norm_eps, "head_dim") if model.qk_norm else None
-        self.key_norm = RMSNorm(H, model.norm_eps, "head_dim") if model.qk_norm else None
+        # Vectors, so that an optimiser takes them for no matrices: the heads' biases one after another.
+        self.query_bias = parameter(jnp.zeros(N * H), "heads") if model.qkv_bias else None
+        self.key_bias = parameter(jnp.zeros(G * H), "kv_heads") if model.qkv_bias else None
+        self.value_bias = parameter(jnp.zeros(G * H), "kv_heads") if model.qkv_bias else None
+        self.query_norm = qk_norm(model, N, "heads") if model.qk_norm else None
+        self.key_norm = qk_norm(model, G, "kv_heads") if model.qk_norm else None
         self.rope_base = model.rope_base
 
     def __call__(
@@ -60,9 +64,11 @@ class Attention(nnx.Module):
         self, x: Float[Array, "B S D"], place: Place, cache: Cache | None = None
     ) -> tuple[Float[Array, "B S D"], Cache | None, Float[Array, "B N"]]:
         """The same, and of each row and head the highest logit before the softmax (`attention_and_maxima`)."""
-        q, k, v = (to_heads(x, weight[...]) for weight in (self.query, self.key, self.value))
+        q = add_bias(to_heads(x, self.query[...]), self.query_bias)
+        k = add_bias(to_heads(x, self.key[...]), self.key_bias)
+        v = add_bias(to_heads(x, self.value[...]), self.value_bias)
         if self.query_norm is not None and self.key_norm is not None:
-            q, k = self.query_norm(q), self.key_norm(k)
+            q, k = normalise(q, self.query_norm), normalise(k, self.key_norm)
         q, k = (rotate(heads, place.positions, self.rope_base) for heads in (q, k))
         q = shard(q, "batch", "seq", "heads", "head_dim")
         k = shard(k, "batch", "seq", "kv_heads", "head_dim")
@@ -76,6 +82,25 @@ class Attention(nnx.Module):
             k, v = cache
         mixed, maxima = attend(q, k, v, place)
         return from_heads(mixed, self.out[...]), cache, maxima
+
+
+def qk_norm(model: config.Model, heads: int, axis: str) -> RMSNorm:
+    """The norm of queries or keys: over a head, or over all `heads` of them."""
+    if model.qk_norm_over == "head":
+        return RMSNorm(model.head_dim, model.norm_eps, "head_dim")
+    return RMSNorm(heads * model.head_dim, model.norm_eps, axis)
+
+
+def normalise(heads: Float[Array, "B S N H"], norm: RMSNorm) -> Float[Array, "B S N H"]:
+    """The heads normalised, each by itself or all together, as long as the norm's gain is."""
+    return norm(heads.reshape(*heads.shape[:2], -1, norm.gain.shape[-1])).reshape(heads.shape)
+
+
+def add_bias(heads: Float[Array, "B S N H"], bias: nnx.Param | None) -> Float[Array, "B S N H"]:
+    """heads + bias in the dtype of `heads`; there may be none."""
+    if bias is None:
+        return heads
+    return heads + bias[...].reshape(1, 1, *heads.shape[2:]).astype(heads.dtype)
 
 
 def attend(
