@@ -20,7 +20,7 @@ import textwrap
 import traceback
 import types
 import typing
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal, TypeVar
 
@@ -134,11 +134,22 @@ def arguments(argv: Sequence[str], options: Options, *, name: str, meaning: str)
 
     Returns the one positional argument, called `name` and explained by `meaning` in the help, and the options.
     """
-    value, flags = _positional(argv)
-    (options,) = _override([options], flags, f"{name} [--flag value ...]\n\n{name} is {meaning}.")
-    if value is None:
-        raise InputError(f"{name} is missing; it comes first and is {meaning}")
+    (value,), options = positional_arguments(argv, options, {name: meaning})
     return value, options
+
+
+def positional_arguments(argv: Sequence[str], options: Options, places: Mapping[str, str]) -> tuple[list[str], Options]:
+    """`arguments` for several positional arguments: `places` has the meaning of each by its name, in order."""
+    values, flags = [], argv
+    for _ in places:
+        value, flags = _positional(flags)
+        values += [] if value is None else [value]
+    meanings = "\n".join(f"{name} is {meaning}." for name, meaning in places.items())
+    (options,) = _override([options], flags, f"{' '.join(places)} [--flag value ...]\n\n{meanings}")
+    for name, meaning in list(places.items())[len(values) :]:
+        place = f"after {list(places)[len(values) - 1]}" if values else "first"
+        raise InputError(f"{name} is missing; it comes {place} and is {meaning}")
+    return values, options
 
 
 @contextlib.contextmanager

@@ -96,10 +96,15 @@ class ParameterWriter:
 
     def write(self, parameter: str, index: tuple[int, ...], part: np.ndarray) -> None:
         """parameter[index] = part."""
-        self._pending.append(self._stores[parameter][index].write(np.ascontiguousarray(part, np.float32)))
+        self._pending.append(self._stores[parameter][index or ...].write(np.ascontiguousarray(part, np.float32)))
         self._bytes += part.size * 4
         if self._bytes > _PENDING:
             self.wait()
+
+    def write_all(self, read: Callable[[str], np.ndarray]) -> None:
+        """Writes every parameter, whole, as `read` gives it by its name."""
+        for name in self._stores:
+            self.write(name, (), read(name))
 
     def wait(self) -> None:
         """Waits until all is written. Raises OSError if it cannot be."""

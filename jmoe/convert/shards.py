@@ -34,6 +34,18 @@ class Tensor(NamedTuple):
     """of its bytes in the file [bytes]"""
 
 
+class Planned(NamedTuple):
+    """A tensor that is to be written."""
+
+    name: str
+    dtype: np.dtype
+    shape: tuple[int, ...]
+
+    @property
+    def nbytes(self) -> int:
+        return math.prod(self.shape) * self.dtype.itemsize
+
+
 class Reader:
     """The tensors of a folder: of model.safetensors, or of the files that model.safetensors.index.json names.
 
@@ -139,18 +151,16 @@ class Writer:
 
     Args:
       folder: which exists.
-      plan: name and shape of every tensor, in the order in which `write` will get them. The first may not be larger
-        than fits; a single tensor larger than `max_bytes` gets a file of its own.
-      dtype: of all tensors.
-      max_bytes: the size of a file's data.
+      plan: every tensor, in the order in which `write` will get them.
+      max_bytes: the most data in a file; a single tensor that is larger gets a file of its own.
     """
 
-    def __init__(self, folder: Path, plan: Iterable[tuple[str, tuple[int, ...]]], dtype: np.dtype, max_bytes: int):
-        self._folder, self._dtype, self._shapes = folder, np.dtype(dtype), dict(plan)
+    def __init__(self, folder: Path, plan: Iterable[Planned], max_bytes: int):
+        self._folder, self._plan = folder, {planned.name: planned for planned in plan}
         shards: list[list[str]] = [[]]
         free = max_bytes
-        for name, shape in self._shapes.items():
-            size = math.prod(shape) * self._dtype.itemsize
+        for name, planned in self._plan.items():
+            size = planned.nbytes
             if size > free and shards[-1]:
                 shards.append([])
                 free = max_bytes
@@ -163,15 +173,16 @@ class Writer:
         self._stream = None
 
     def write(self, name: str, tensor: np.ndarray) -> None:
-        """Writes the next tensor, rounded to the writer's dtype. Raises ValueError unless it is the plan's next."""
+        """Writes the next tensor, rounded to the planned dtype. Raises ValueError unless it is the plan's next."""
         file, expected = next(self._steps)
-        if (name, tensor.shape) != (expected, self._shapes[expected]):
-            raise ValueError(f"{name} {tensor.shape} is given, and {expected} {self._shapes[expected]} is next")
+        planned = self._plan[expected]
+        if (name, tensor.shape) != (expected, planned.shape):
+            raise ValueError(f"{name} {tensor.shape} is given, and {expected} {planned.shape} is next")
         if self._stream is None or self._stream.name != str(self._folder / file):
             self._finish()
             self._stream = (self._folder / file).open("wb")
             self._stream.write(self._header(self._shards[file]))
-        self._stream.write(contiguous(tensor.astype(self._dtype, copy=False)).reshape(-1).view(np.uint8).data)
+        self._stream.write(contiguous(tensor.astype(planned.dtype, copy=False)).reshape(-1).view(np.uint8).data)
 
     def close(self) -> None:
         """Ends the last file, and writes the index. Raises ValueError if tensors are missing."""
@@ -179,7 +190,7 @@ class Writer:
             raise ValueError(f"{missing[1]} was not written")
         self._finish()
         if len(self._shards) > 1:
-            total = sum(math.prod(shape) for shape in self._shapes.values()) * self._dtype.itemsize
+            total = sum(planned.nbytes for planned in self._plan.values())
             weight_map = {name: file for file, names in self._shards.items() for name in names}
             content = {"metadata": {"total_size": total}, "weight_map": weight_map}
             (self._folder / INDEX).write_text(json.dumps(content, indent=2, sort_keys=True) + "\n")
@@ -195,9 +206,9 @@ class Writer:
         header: dict[str, Any] = {"__metadata__": {"format": "pt"}}  # what transformers asks for
         reached = 0
         for name in names:
-            end = reached + math.prod(self._shapes[name]) * self._dtype.itemsize
-            entry = {"dtype": _NAMES[self._dtype], "shape": self._shapes[name], "data_offsets": [reached, end]}
-            header[name] = entry
+            planned = self._plan[name]
+            end = reached + planned.nbytes
+            header[name] = {"dtype": _NAMES[planned.dtype], "shape": planned.shape, "data_offsets": [reached, end]}
             reached = end
         text = json.dumps(header, separators=(",", ":")).encode()
         text += b" " * (-len(text) % 8)  # aligned, so that the tensors can be mapped into memory

@@ -119,6 +119,12 @@ class Tokenizer:
         kept = [index for index in map(int, ids) if index < self.vocab_size and not self._special[index]]
         return self._backend.decode(kept, skip_special_tokens=True)
 
+    def token(self, index: int) -> str:
+        """The token of an id, as the file spells it. Raises InputError if there is none."""
+        token = self._backend.id_to_token(index)
+        require(token is not None, f"the tokenizer has no token {index}")
+        return str(token)
+
     def save(self, path: str | os.PathLike[str]) -> None:
         """Writes a tokenizer.json that `from_file` reads back."""
         sources.write_atomically(Path(path), self._definition.encode())

@@ -1,0 +1,172 @@
+"""`python -m jmoe.convert export RUN_DIR OUT_DIR`: a run as a folder that Hugging Face transformers reads."""
+
+import json
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import ml_dtypes
+import numpy as np
+
+from jmoe import config, recipe
+from jmoe.config import InputError, require
+from jmoe.convert.families import Family, NotRepresented, family_of, feed_forwards
+from jmoe.convert.folder import check_new, new_folder
+from jmoe.convert.mapping import pieces
+from jmoe.convert.runs import Run
+from jmoe.convert.shards import Planned, Writer
+
+DTYPES = {"float32": np.dtype(np.float32), "bf16": np.dtype(ml_dtypes.bfloat16)}
+_UNITS = {"KB": 10**3, "MB": 10**6, "GB": 10**9, "": 1}
+
+
+@dataclass(frozen=True)
+class Options:
+    """Flags of `export`."""
+
+    step: int | None = None
+    """the checkpoint; the newest good one if None [steps]"""
+    dtype: Literal["float32", "bf16"] = "float32"
+    """of the tensors in the files; balancing biases stay float32 [dtype]"""
+    max_shard_size: str = "5GB"
+    """the most data in a file, such as 500MB or 5GB [10^6 or 10^9 bytes]"""
+
+
+def main(argv: list[str]) -> None:
+    """The command. Raises InputError, CheckpointError."""
+    places = {"RUN_DIR": "the directory of a run", "OUT_DIR": "a folder that is not there yet"}
+    (run_dir, out_dir), options = recipe.positional_arguments(argv, Options(), places)
+    family = export(Path(run_dir), Path(out_dir), options)
+    print(f"{out_dir}: {family.architecture}, {options.dtype}")
+
+
+def export(run_dir: Path, out_dir: Path, options: Options = Options()) -> Family:
+    """Writes the folder, one tensor at a time, and returns the family that the model belongs to.
+
+    Raises InputError if RUN_DIR is no run, OUT_DIR is there already or no family represents the model, CheckpointError
+    if the checkpoint is damaged or the disk full; then nothing is left behind.
+    """
+    max_bytes = size_in_bytes(options.max_shard_size)
+    check_new(out_dir)
+    run = Run(run_dir, options.step)
+    try:
+        family, settings = family_of(run.settings.model)
+    except NotRepresented as reasons:
+        raise InputError(f"no Hugging Face family represents the model of {run_dir}: {reasons}") from None
+    dtype = DTYPES[options.dtype]
+    tensors = [*pieces(run.settings.model, family.table), *_zero_biases(run.settings.model, family)]
+    with new_folder(out_dir) as folder:
+        (folder / "README.md").write_text(model_card(run, family))
+        _write_json(folder / "config.json", config_json(run, family, settings, options.dtype))
+        special = {"bos_token_id": run.tokenizer.eos, "eos_token_id": run.tokenizer.eos}
+        _write_json(folder / "generation_config.json", special)
+        run.tokenizer.save(folder / "tokenizer.json")
+        _write_json(folder / "tokenizer_config.json", tokenizer_config(run))
+        plan = [
+            Planned(t.name, DTYPES["float32"] if t.name.endswith("correction_bias") else dtype, t.shape)
+            for t in tensors
+        ]
+        writer = Writer(folder, plan, max_bytes)
+        for tensor in tensors:
+            zeros = isinstance(tensor, Planned)
+            part = np.zeros(tensor.shape, np.float32) if zeros else run.read(tensor.parameter, tensor.index)
+            writer.write(tensor.name, part if zeros else tensor.to_tensor(part))
+        writer.close()
+    return family
+
+
+def _zero_biases(model: config.Model, family: Family) -> Iterator[Planned]:
+    """Balancing biases of 0, where the family always has them and the model has none."""
+    for layer, feed_forward in enumerate(feed_forwards(model)):
+        if isinstance(feed_forward, config.MoE) and "feed_forward/router/bias" in family.table:
+            router = feed_forward.router
+            if isinstance(router, config.TopK) and router.bias_rate == 0.0:
+                name = family.table["feed_forward/router/bias"].format(layer=layer)
+                yield Planned(name, DTYPES["float32"], (feed_forward.num_experts,))
+
+
+def config_json(run: Run, family: Family, settings: dict[str, Any], dtype: str) -> dict[str, Any]:
+    """The folder's config.json."""
+    torch_dtype = {"float32": "float32", "bf16": "bfloat16"}[dtype]
+    slots = [each.slots for each in feed_forwards(run.settings.model) if isinstance(each, config.MoE)]
+    loss = run.settings.loss.load_balance_loss
+    # transformers sums the shares of a token's experts, where jmoe's load-balance loss takes their mean.
+    balance = {"router_aux_loss_coef": loss / max(slots), "output_router_logits": False} if slots else {}
+    return {
+        "architectures": [family.architecture],
+        "model_type": family.model_type,
+        **settings,
+        **balance,
+        "max_position_embeddings": run.settings.data.seq_len,
+        "bos_token_id": run.tokenizer.eos,
+        "eos_token_id": run.tokenizer.eos,
+        "pad_token_id": None,
+        "use_cache": True,
+        "torch_dtype": torch_dtype,
+        "dtype": torch_dtype,
+    }
+
+
+def tokenizer_config(run: Run) -> dict[str, Any]:
+    """The folder's tokenizer_config.json."""
+    end = run.tokenizer.token(run.tokenizer.eos)
+    return {
+        "tokenizer_class": "PreTrainedTokenizerFast",
+        "bos_token": end,
+        "eos_token": end,
+        "add_bos_token": False,
+        "add_eos_token": False,
+        "clean_up_tokenization_spaces": False,
+        "model_max_length": run.settings.data.seq_len,
+    }
+
+
+def model_card(run: Run, family: Family) -> str:
+    """The folder's README.md: what the model is, how it is used, and the recipe it was trained by."""
+    end = run.tokenizer.token(run.tokenizer.eos)
+    recipe_json = json.dumps(recipe.to_dict(run.settings), indent=2)
+    return f"""---
+library_name: transformers
+pipeline_tag: text-generation
+tags: [jmoe]
+---
+
+# {run.path.resolve().name}
+
+A language model pretrained with jmoe, exported from step {run.step} as `{family.architecture}`.
+
+```python
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+tokenizer = AutoTokenizer.from_pretrained(".")
+model = AutoModelForCausalLM.from_pretrained(".")
+inputs = tokenizer({json.dumps(end)} + "The", return_tensors="pt")
+print(tokenizer.decode(model.generate(**inputs, max_new_tokens=50)[0]))
+```
+
+In training `{end}` stood before and after each document, so a prompt begins with it. Rows were
+{run.settings.data.seq_len} tokens long.
+
+The configuration of the run, as `python train.py config.json` takes it:
+
+```json
+{recipe_json}
+```
+"""
+
+
+def size_in_bytes(text: str) -> int:
+    """500MB → 500,000,000. Raises InputError."""
+    for unit, factor in _UNITS.items():
+        number = text.upper().removesuffix(unit).strip()
+        if text.upper().endswith(unit) and number.replace(".", "", 1).isdecimal():
+            size = math.floor(float(number) * factor)
+            require(size >= 1, f"--max-shard-size {text} is less than a byte")
+            return size
+    raise InputError(f"--max-shard-size is {text!r}; it must be a size such as 500MB or 5GB")
+
+
+def _write_json(file: Path, content: Any) -> None:
+    file.write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n")

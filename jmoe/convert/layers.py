@@ -1,0 +1,67 @@
+"""The layers of a model one by one, and back into groups: parameters are stored stacked over a group's repeats."""
+
+from collections.abc import Callable, Sequence
+from functools import lru_cache
+
+import numpy as np
+
+from jmoe import config
+
+# A whole parameter by its name in `jmoe.checkpoint.flatten`, and a layer's own by its index and the rest of that name.
+Read = Callable[[str], np.ndarray]
+ReadLayer = Callable[[int, str], np.ndarray]
+
+
+def group_layers(layers: Sequence[config.FeedForward]) -> tuple[config.LayerGroup, ...]:
+    """The feed-forwards of all layers, in order, as repeated patterns: those with the fewest layers to unroll in all,
+    which is what a step takes to compile."""
+    count = len(layers)
+    best: list[tuple[int, int, tuple[config.LayerGroup, ...]]] = [(0, 0, ())] * (count + 1)
+    for start in reversed(range(count)):
+        found = []
+        for length in range(1, count - start + 1):
+            pattern, end = tuple(layers[start : start + length]), start + length
+            while True:
+                unrolled, groups, rest = best[end]
+                group = config.LayerGroup(pattern, (end - start) // length)
+                found.append((unrolled + length, groups + 1, (group, *rest)))
+                if tuple(layers[end : end + length]) != pattern:
+                    break
+                end += length
+        best[start] = min(found, key=lambda way: way[:2])
+    return best[0][2]
+
+
+def places(model: config.Model) -> list[tuple[int, int, int]]:
+    """Where each layer is stored: its group, its place in the pattern, its repeat."""
+    return [
+        (g, i, repeat)
+        for g, group in enumerate(model.layers)
+        for repeat in range(group.repeats)
+        for i in range(len(group.pattern))
+    ]
+
+
+def by_layer(model: config.Model, read: Read) -> ReadLayer:
+    """Reads (layer, name) such as (3, "attention/query") from the stacked parameters; the last few are kept."""
+    where, read = places(model), lru_cache(maxsize=4)(read)
+
+    def of_layer(layer: int, name: str) -> np.ndarray:
+        g, i, repeat = where[layer]
+        return read(f"layers/{g}/{i}/{name}")[repeat]
+
+    return of_layer
+
+
+def stacked(model: config.Model, read: Read, of_layer: ReadLayer) -> Read:
+    """Reads parameters of `model`: those of layers are stacked from `of_layer`, the others are `read`."""
+    where = places(model)
+
+    def of_model(name: str) -> np.ndarray:
+        if not name.startswith("layers/"):
+            return read(name)
+        _, g, i, local = name.split("/", 3)
+        layers = [layer for layer, place in enumerate(where) if place[:2] == (int(g), int(i))]
+        return np.stack([of_layer(layer, local) for layer in layers])
+
+    return of_model
