@@ -12,8 +12,9 @@ LEVELS = [
     "model metrics",
     "loss optim telemetry",
     "training",
-    "checkpoint evaluation convert generate aot merge",
+    "checkpoint evaluation generate aot merge",
     "language_model branch __init__",
+    "convert",
     "train eval",
 ]
 # These import from the first level only, and not one another.

@@ -5,10 +5,13 @@
     importing.py   import: such a folder to a run
     upcycle.py     upcycle: a dense model to a mixture of experts
     compress.py    prune, merge: experts removed or merged
-    families.py    which Hugging Face family is which `config.Model`, and the names of its tensors
+    families.py    which Hugging Face family is which `config.Model` (huggingface/: their config.json and names)
     mapping.py     jmoe's parameters, stacked over layers and experts, as single tensors of other names and layout
+    layers.py      the layers of a model one by one, and back into groups
+    verify.py      what a Hugging Face folder computes, by NumPy alone, beside the run made of it
     shards.py      safetensors files, read and written tensor by tensor
     runs.py        the parameters of a run, read and written piece by piece
+    folder.py      a folder that is there in full or not at all
     pytorch/       the modelling file that goes with a model that no family represents
 
 Neither PyTorch nor transformers is needed, and at no time is the whole model in memory.

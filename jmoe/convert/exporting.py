@@ -12,8 +12,9 @@ import numpy as np
 
 from jmoe import config, recipe
 from jmoe.config import InputError, require
-from jmoe.convert.families import Family, NotRepresented, family_of, feed_forwards
+from jmoe.convert.families import Family, family_of
 from jmoe.convert.folder import check_new, new_folder
+from jmoe.convert.huggingface.common import NotRepresented, feed_forwards
 from jmoe.convert.mapping import pieces
 from jmoe.convert.runs import Run
 from jmoe.convert.shards import Planned, Writer

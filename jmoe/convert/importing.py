@@ -12,8 +12,9 @@ import numpy as np
 
 from jmoe import config, recipe
 from jmoe.config import InputError, require
-from jmoe.convert.families import Family, family_named, feed_forwards
+from jmoe.convert.families import Family, family_named
 from jmoe.convert.folder import check_new
+from jmoe.convert.huggingface.common import feed_forwards
 from jmoe.convert.mapping import Piece, pieces
 from jmoe.convert.runs import ParameterWriter, write_run
 from jmoe.convert.shards import Reader

@@ -1,5 +1,6 @@
 """Every family against transformers: the same model in both directions, logits, greedy tokens, gradients."""
 
+import dataclasses
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -16,8 +17,8 @@ from jmoe.convert.importing import import_
 from jmoe.convert.mapping import parameter_shapes
 from jmoe.convert.runs import Run, write_run
 from jmoe.convert.verify import verify
-from jmoe.data.tokenizer import byte_tokenizer
-from jmoe.model.attention import Place
+from jmoe.data.tokenizer import byte_tokenizer, train_bpe
+from jmoe.model.attention import Place, positions_in_row
 
 pytestmark = pytest.mark.torch
 torch: Any = pytest.importorskip("torch")
@@ -162,14 +163,14 @@ def test_gradients_are_the_same(family, tmp_path):
     theirs(tokens, labels=tokens).loss.backward()
 
     run = jmoe.load(tmp_path / "run")
-    ones, positions = np.ones_like(TOKENS), np.tile(np.arange(TOKENS.shape[1], dtype=np.int32), (2, 1))
+    ids, ones, positions = jnp.asarray(TOKENS), jnp.ones_like(TOKENS), positions_in_row(*TOKENS.shape)
 
     @jax.jit
     @jax.grad
     def gradient(params):
-        hidden, _, _ = params(TOKENS, Place(ones, positions, ones, positions))
+        hidden, _, _ = params(ids, Place(ones, positions, ones, positions))
         log_probabilities = jax.nn.log_softmax(params.logits(hidden)[:, :-1])
-        return -jnp.take_along_axis(log_probabilities, TOKENS[:, 1:, None], axis=-1).mean()
+        return -jnp.take_along_axis(log_probabilities, ids[:, 1:, None], axis=-1).mean()
 
     ours = {name: np.asarray(value) for name, value in flatten(gradient(run.params)).items()}
     # As if they were parameters: exported, and read into the names and shapes that transformers has in memory.
@@ -180,3 +181,20 @@ def test_gradients_are_the_same(family, tmp_path):
     for name, value in theirs.named_parameters():
         difference = float((value.grad - as_theirs[name].detach()).abs().max())
         assert difference <= 1e-5 * largest, name
+
+
+def test_the_tokenizer_gives_the_same_ids(tmp_path):
+    texts = ["def f(x):\n\treturn x ** 2", "naïve 東京 \x00", "  two  spaces ", ""]
+    for number, tokenizer in enumerate((byte_tokenizer(), train_bpe(texts * 3, 300))):
+        settings = Config(model=MODELS["llama"])
+        settings = dataclasses.replace(settings, model=dataclasses.replace(settings.model, vocab_size=300))
+        zeros = {name: np.zeros(shape, np.float32) for name, shape in parameter_shapes(settings.model).items()}
+        run, folder = tmp_path / f"run{number}", tmp_path / f"hf{number}"
+        write_run(run, settings, tokenizer, lambda writer, of=zeros: writer.write_all(of.__getitem__))
+        export(run, folder)
+        theirs = transformers.AutoTokenizer.from_pretrained(folder)
+        assert theirs.eos_token_id == theirs.bos_token_id == tokenizer.eos
+        for text in texts:
+            assert theirs(text)["input_ids"] == tokenizer.encode(text).tolist()
+            assert theirs.decode(tokenizer.encode(text)) == text
+        assert theirs(theirs.eos_token + "a")["input_ids"] == [tokenizer.eos, *tokenizer.encode("a")]
