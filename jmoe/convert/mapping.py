@@ -17,6 +17,7 @@ import numpy as np
 from jmoe import config
 from jmoe.checkpoint import flatten
 from jmoe.config import InputError
+from jmoe.convert.shards import contiguous
 from jmoe.model.transformer import Transformer
 
 # Name of a parameter in its layer (or in the model) → name of the tensor, in which {layer} and {expert} stand for
@@ -64,12 +65,12 @@ class Piece(NamedTuple):
     def to_tensor(self, part: np.ndarray) -> np.ndarray:
         """The tensor, of shape `shape`, from the part of the parameter, of shape `part`; it may be a view."""
         if not self.inputs:
-            return part.reshape(self.shape)
+            return part
         return part.reshape(math.prod(self.part[: self.inputs]), -1).T
 
     def to_part(self, tensor: np.ndarray) -> np.ndarray:
         """The part of the parameter from the tensor, the inverse of `to_tensor`."""
-        return (tensor.T if self.inputs else tensor).reshape(self.part)
+        return (contiguous(tensor.T) if self.inputs else tensor).reshape(self.part)
 
 
 def parameter_shapes(model: config.Model) -> dict[str, tuple[int, ...]]:
@@ -97,10 +98,9 @@ def pieces(model: config.Model, table: Table) -> Iterator[Piece]:
                 continue
             moe = group.pattern[i]
             assert isinstance(moe, config.MoE)
-            before = [
-                e for e, w in enumerate(moe.expert_widths) if w == sorted(set(moe.expert_widths))[int(in_bucket[2])]
-            ]
-            for e, expert in enumerate(before):
+            width = sorted(set(moe.expert_widths))[int(in_bucket[2])]
+            experts = [e for e, its in enumerate(moe.expert_widths) if its == width]
+            for e, expert in enumerate(experts):
                 name = in_bucket[1] + in_bucket[3]
                 yield _piece(parameter, (repeat, e), shape, name, table, layer=layer, expert=expert)
 
@@ -109,9 +109,5 @@ def _piece(parameter: str, index: tuple[int, ...], shape: tuple[int, ...], local
     if local not in table:
         raise InputError(f"there is no name for the parameter {parameter}")
     part, inputs = shape[len(index) :], INPUTS.get(local, 0)
-    tensor = part
-    if inputs:
-        tensor = (math.prod(part[inputs:]), math.prod(part[:inputs]))
-    elif len(part) > 1 and local != "embedding":
-        tensor = (math.prod(part),)
+    tensor = (math.prod(part[inputs:]), math.prod(part[:inputs])) if inputs else part
     return Piece(table[local].format(**numbers), tensor, parameter, index, part, inputs)

@@ -45,7 +45,7 @@ class Run:
         if stored != expected:
             differ = sorted(name for name in stored.keys() | expected.keys() if stored.get(name) != expected.get(name))
             raise InputError(f"step {found} in {run_dir} does not fit the run's config.json: {', '.join(differ[:5])}")
-        self._block: tuple[str, int, np.ndarray] | None = None
+        self._block: tuple[str, tuple[int, ...], np.ndarray] | None = None  # what was read last, and where it starts
 
     def read(self, parameter: str, index: tuple[int, ...] = ()) -> np.ndarray:
         """parameter[index], float32, of the parameter with this name in `jmoe.checkpoint.flatten`.
@@ -54,17 +54,23 @@ class Run:
         """
         if not index:
             return np.asarray(self._open(parameter).read().result())
-        if self._block is not None and self._block[0] == parameter:
-            inside = index[0] - self._block[1]
-            if 0 <= inside < len(self._block[2]):
-                return self._block[2][(inside, *index[1:])]
-        self._block = None
-        array = self._open(parameter)
-        rows = array.chunk_layout.read_chunk.shape[0]
-        start = index[0] // rows * rows
-        block = np.asarray(array[start : min(start + rows, array.shape[0])].read().result())
-        self._block = parameter, start, block
-        return block[(index[0] - start, *index[1:])]
+        if self._block is None or self._block[0] != parameter or not self._within(index):
+            self._block = None
+            array = self._open(parameter)
+            chunk, shape = array.chunk_layout.read_chunk.shape, array.shape
+            start = tuple(i // size * size for i, size in zip(index, chunk, strict=False))
+            stop = tuple(min(i + size, end) for i, size, end in zip(start, chunk, shape, strict=False))
+            box = tuple(slice(*ends) for ends in zip(start, stop, strict=True))
+            self._block = parameter, start, np.asarray(array[box].read().result())
+        _, start, block = self._block
+        return block[tuple(i - first for i, first in zip(index, start, strict=True))]
+
+    def _within(self, index: tuple[int, ...]) -> bool:
+        """Whether the part lies in what was read last."""
+        assert self._block is not None
+        _, start, block = self._block
+        inside = (first <= i < first + size for i, first, size in zip(index, start, block.shape, strict=False))
+        return len(index) == len(start) and all(inside)
 
     def _open(self, parameter: str) -> ts.TensorStore:
         return ts.open(_spec(self._folder, parameter), read=True, open=True).result()
