@@ -345,7 +345,7 @@ def seal(path: Path, described: dict[str, dict[str, str]]) -> None:
 
 def _in_chunks(_: Any, leaf: Any) -> ocp.options.ArrayOptions.Saving.StorageOptions | None:
     """Large arrays that are stacked over layers are stored layer by layer, so that a reader can take one at a time."""
-    if leaf.ndim < 3 or leaf.nbytes <= CHUNK:
+    if not hasattr(leaf, "ndim") or leaf.ndim < 3 or leaf.nbytes <= CHUNK:
         return None
     return ocp.options.ArrayOptions.Saving.StorageOptions(chunk_byte_size=CHUNK, shard_axes=(0,))
 
