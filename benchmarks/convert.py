@@ -72,7 +72,7 @@ def peak(what: str, *arguments: object) -> float:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser = argparse.ArgumentParser(description="Export and import beside copying.")
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--dtype", choices=("float32", "bf16"), default="float32")
     parser.add_argument("--json", type=Path)

@@ -343,9 +343,10 @@ def seal(path: Path, described: dict[str, dict[str, str]]) -> None:
     write_json(path / MANIFEST, _manifest(path))
 
 
-def _in_chunks(_: Any, leaf: Any) -> ocp.options.ArrayOptions.Saving.StorageOptions | None:
+def _in_chunks(key: Any, value: Any) -> ocp.options.ArrayOptions.Saving.StorageOptions | None:
     """Large arrays that are stacked over layers are stored layer by layer, so that a reader can take one at a time."""
-    if not hasattr(leaf, "ndim") or leaf.ndim < 3 or leaf.nbytes <= CHUNK:
+    del key
+    if not hasattr(value, "ndim") or value.ndim < 3 or value.nbytes <= CHUNK:
         return None
     return ocp.options.ArrayOptions.Saving.StorageOptions(chunk_byte_size=CHUNK, shard_axes=(0,))
 

@@ -111,9 +111,9 @@ def describe(hf_dir: Path, run_dir: Path, tokenizer: str | None = None) -> tuple
     except InputError as error:
         raise InputError(f"{hf_dir}: {error}") from None
     text = _tokenizer(hf_dir, Path(tokenizer) if tokenizer else hf_dir / "tokenizer.json", content)
-    slots = [each.slots for each in feed_forwards(model) if isinstance(each, config.MoE)]
-    bias = any(isinstance(each, config.MoE) and each.router.bias_rate for each in feed_forwards(model))
-    aux = content.get("router_aux_loss_coef", 0.0) if slots and not bias else 0.0
+    routers = [each.router for each in feed_forwards(model) if isinstance(each, config.MoE)]
+    slots = [router.k for router in routers if isinstance(router, config.TopK) and not router.bias_rate]
+    aux = content.get("router_aux_loss_coef") or 0.0
     settings = config.Config(
         model=model,
         data=config.Data(

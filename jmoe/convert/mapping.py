@@ -8,8 +8,8 @@ says how a family names them, and `pieces` which part of which parameter each te
 import math
 import re
 from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
 from functools import partial
-from typing import NamedTuple
 
 import jax
 import numpy as np
@@ -46,7 +46,8 @@ INPUTS = {
 }
 
 
-class Piece(NamedTuple):
+@dataclass(frozen=True)
+class Piece:
     """A tensor and the part of a parameter that it is."""
 
     name: str

@@ -57,7 +57,8 @@ class Run:
         if self._block is None or self._block[0] != parameter or not self._within(index):
             self._block = None
             array = self._open(parameter)
-            chunk, shape = array.chunk_layout.read_chunk.shape, array.shape
+            chunk: Any = array.chunk_layout.read_chunk.shape
+            shape = array.shape
             start = tuple(i // size * size for i, size in zip(index, chunk, strict=False))
             stop = tuple(min(i + size, end) for i, size, end in zip(start, chunk, shape, strict=False))
             box = tuple(slice(*ends) for ends in zip(start, stop, strict=True))

@@ -112,10 +112,10 @@ def read_header(file: Path) -> dict[str, Tensor]:
     for name, entry in header.items():
         try:
             shape, (start, end) = tuple(entry["shape"]), entry["data_offsets"]
-            sound = all(type(n) is int and n >= 0 for n in (*shape, start, end))
+            if not all(type(n) is int and n >= 0 for n in (*shape, start, end)):
+                raise ValueError("numbers must be integers that are not negative")
         except (KeyError, TypeError, ValueError):
-            sound = False
-        require(sound, f"{file}: the header's entry of the tensor {name} is not sound")
+            raise InputError(f"{file}: the header's entry of the tensor {name} is not sound") from None
         require(
             entry.get("dtype") in DTYPES,
             f"{file}: the tensor {name} is {entry.get('dtype')}; only {', '.join(DTYPES)} are read",
