@@ -7,6 +7,7 @@ of its own, above what the process takes once everything is imported.
 """
 
 import argparse
+import itertools
 import os
 import shutil
 import subprocess
@@ -46,8 +47,7 @@ def make(run_dir: Path) -> None:
 
 
 def convert(what: str, source: Path, target: Path, dtype: str) -> None:
-    """One of copy, export and import, to a folder that is made anew."""
-    shutil.rmtree(target, ignore_errors=True)
+    """One of copy, export and import."""
     if what == "export":
         export(source, target, Options(dtype=dtype, max_shard_size=f"{SHARD}MB"))  # pyright: ignore[reportArgumentType]
     elif what == "import":
@@ -87,15 +87,15 @@ def main() -> None:
         print(megabytes("VmHWM") - before)
         return
     with tempfile.TemporaryDirectory() as folder:
-        run, hf = Path(folder) / "run", Path(folder) / "hf"
-        copied, exported, back = (Path(folder) / name for name in ("copied", "exported", "back"))
+        run, hf, back = (Path(folder) / name for name in ("run", "hf", "back"))
         make(run)
         memory = {"export": peak("export", run, hf, options.dtype), "import": peak("import", hf, back, options.dtype)}
         size = sum(file.stat().st_size for file in hf.glob("*.safetensors"))
+        fresh = (Path(folder) / str(number) for number in itertools.count())  # removing takes longer than writing
         programs = {
-            "copy": lambda: convert("copy", hf, copied, options.dtype),
-            "export": lambda: convert("export", run, exported, options.dtype),
-            "import": lambda: convert("import", hf, back, options.dtype),
+            "copy": lambda: convert("copy", hf, next(fresh), options.dtype),
+            "export": lambda: convert("export", run, next(fresh), options.dtype),
+            "import": lambda: convert("import", hf, next(fresh), options.dtype),
         }
         times = measure(programs, rounds=options.rounds)
     figures = [Figure("copying the files", median(times, "copy"), "s")]

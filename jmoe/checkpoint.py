@@ -19,7 +19,7 @@ import json
 import logging
 import os
 import shutil
-from collections.abc import Collection
+from collections.abc import Callable, Collection
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -288,15 +288,19 @@ class Checkpoints:
             return "there is no such checkpoint"
         try:
             manifest = json.loads((path / MANIFEST).read_bytes())
-            for name, (size, digest) in manifest["files"].items():
-                if "/" in name and name.split("/")[0] not in items:
-                    continue
-                file = path / name
-                if not file.is_file():
+            files = {
+                name: entry
+                for name, entry in manifest["files"].items()
+                if "/" not in name or name.split("/")[0] in items
+            }
+            for name, (size, _) in files.items():
+                if not (path / name).is_file():
                     return f"{name} is missing"
-                if file.stat().st_size != size:
-                    return f"{name} has {file.stat().st_size} bytes, {size} were written"
-                if _sha256(file) != digest:
+                if (path / name).stat().st_size != size:
+                    return f"{name} has {(path / name).stat().st_size} bytes, {size} were written"
+            found = _in_threads(_sha256, [path / name for name in files])
+            for (name, (_, digest)), content in zip(files.items(), found, strict=True):
+                if content != digest:
                     return f"{name} has other content than was written"
             if ITEMS not in manifest["files"]:
                 return f"{MANIFEST} does not list {ITEMS}"
@@ -364,14 +368,23 @@ def _manifest(path: Path) -> dict[str, Any]:
     names = sorted(str(file.relative_to(path)) for file in path.rglob("*") if file.is_file())
     for folder in {path / parent for name in names for parent in Path(name).parents}:
         sync_folder(folder)
-    return {"files": {name: [(path / name).stat().st_size, _sha256(path / name, sync=True)] for name in names}}
 
-
-def _sha256(file: Path, *, sync: bool = False) -> str:
-    with file.open("rb") as stream:
-        if sync:
+    def entry(file: Path) -> list[Any]:
+        with file.open("rb") as stream:
             os.fsync(stream.fileno())
+        return [file.stat().st_size, _sha256(file)]
+
+    return {"files": dict(zip(names, _in_threads(entry, [path / name for name in names]), strict=True))}
+
+
+def _sha256(file: Path) -> str:
+    with file.open("rb") as stream:
         return hashlib.file_digest(stream, "sha256").hexdigest()
+
+
+def _in_threads(function: Callable[[Path], Any], files: list[Path]) -> list[Any]:
+    with ThreadPoolExecutor(max_workers=4) as threads:
+        return list(threads.map(function, files))
 
 
 def _discard(path: Path) -> None:

@@ -5,6 +5,7 @@ which TensorStore reads and writes in parts.
 """
 
 import json
+from collections import deque
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -83,7 +84,7 @@ class ParameterWriter:
     def __init__(self, step_folder: Path, shapes: dict[str, tuple[int, ...]]):
         context = ts.Context({"file_io_sync": False})  # all is synchronised at the end
         opening = {}
-        self._pending: list[Any] = []
+        self._pending: deque[Any] = deque()  # what is under way, the oldest first, and how large it is
         self._bytes = 0
         for name, shape in shapes.items():
             # A chunk is what is written at a time: a parameter that is stacked over layers comes layer by layer, and
@@ -103,10 +104,11 @@ class ParameterWriter:
 
     def write(self, parameter: str, index: tuple[int, ...], part: np.ndarray) -> None:
         """parameter[index] = part."""
-        self._pending.append(self._stores[parameter][index or ...].write(np.ascontiguousarray(part, np.float32)))
-        self._bytes += part.size * 4
-        if self._bytes > _PENDING:
-            self.wait()
+        part = np.ascontiguousarray(part, np.float32)
+        self._pending.append((self._stores[parameter][index or ...].write(part), part.nbytes))
+        self._bytes += part.nbytes
+        while self._bytes > _PENDING:
+            self._settle()
 
     def write_all(self, read: Callable[[str], np.ndarray]) -> None:
         """Writes every parameter, whole, as `read` gives it by its name."""
@@ -115,12 +117,16 @@ class ParameterWriter:
 
     def wait(self) -> None:
         """Waits until all is written. Raises OSError if it cannot be."""
-        for future in self._pending:
-            try:
-                future.result()
-            except ValueError as error:  # TensorStore's errors of all kinds
-                raise OSError(str(error)) from error
-        self._pending, self._bytes = [], 0
+        while self._pending:
+            self._settle()
+
+    def _settle(self) -> None:
+        future, size = self._pending.popleft()
+        self._bytes -= size
+        try:
+            future.result()
+        except ValueError as error:  # TensorStore's errors of all kinds
+            raise OSError(str(error)) from error
 
 
 def write_run(
