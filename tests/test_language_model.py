@@ -17,7 +17,7 @@ from jmoe.checkpoint import CheckpointError, Checkpoints
 from jmoe.config import Bytes, Config, Data, Dense, InputError, LayerGroup, Model, MoE, Nucleus
 from jmoe.data import tokenizer
 from jmoe.generate import Sampling
-from jmoe.language_model import check_vocabulary
+from jmoe.language_model import check_start, check_vocabulary, read_parameters
 from jmoe.run_directory import RunDirectory
 
 LAYERS = (LayerGroup((Dense(d_ff=24), MoE(num_experts=8, d_ff=16, router=Nucleus(p=0.4)))),)
@@ -147,3 +147,25 @@ def test_a_tokenizer_larger_than_the_table_is_refused():
     check_vocabulary(text, recipe.override(SETTINGS, ["--model.vocab-size", "257"]))
     with pytest.raises(InputError, match="model.vocab_size = 256 is too small: the tokenizer has 257 ids"):
         check_vocabulary(text, recipe.override(SETTINGS, ["--model.vocab-size", "256"]))
+
+
+def test_what_a_run_may_begin_with(run_dir, tmp_path, caplog):
+    text = tokenizer.load(SETTINGS.data)
+    check_start(str(run_dir), SETTINGS, text)
+    assert caplog.text == ""
+    changed = recipe.override(SETTINGS, ["--model.rope-base", "500", "--run-dir", str(tmp_path)])
+    check_start(str(run_dir), changed, text)
+    assert "model.rope_base: run has 10000.0, command says 500.0" in caplog.text
+    with pytest.raises(InputError, match="is the run directory itself"):
+        check_start(str(run_dir), recipe.override(SETTINGS, ["--run-dir", str(run_dir)]), text)
+    with pytest.raises(InputError, match="has another tokenizer; train with data.tokenizer = TokenizerFile"):
+        check_start(str(run_dir), SETTINGS, tokenizer.train_bpe(["a b"], 258))
+
+    params = training.abstract_state(SETTINGS, sharding.make_mesh(SETTINGS.mesh, jax.devices()[:1])).params
+    step, read, _ = read_parameters(run_dir, params)
+    assert step == 2
+    jax.tree.map(np.testing.assert_array_equal, read, state(2).params)
+    wider = recipe.override(SETTINGS, ["--model.d-model", "24"])
+    params = training.abstract_state(wider, sharding.make_mesh(SETTINGS.mesh, jax.devices()[:1])).params
+    with pytest.raises(CheckpointError, match=r"expected float32\[264,24\]"):
+        read_parameters(run_dir, params)

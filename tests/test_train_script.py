@@ -528,21 +528,8 @@ def test_steps_and_logging_may_change_and_the_learning_rate_with_its_flag(copy, 
 
 def test_a_new_run_begins_with_the_parameters_of_another(scripts, trained, tmp_path):
     earlier, new = trained[0], tmp_path / "new"
-    still = ("--steps", 1, "--optim.learning-rate", 1e-30, "--optim.schedule.warmup-steps", 0)
-    code, _, err = scripts.run("train.py", earlier / "config.json", "--run-dir", new, "--init-from", earlier, *still)
+    flags = ("--run-dir", new, "--init-from", earlier, "--steps", 4)
+    code, _, err = scripts.run("train.py", earlier / "config.json", *flags)
     assert code == 0, err
-    was, now = saved_state(earlier), saved_state(new, 1)
-    for name in was:
-        if name.startswith("params") and not name.endswith("router/p"):
-            assert was[name] == now[name], name
-    assert any(name.startswith("optimizer") and was[name] != now[name] for name in was)
-    for flags, told in (
-        (("--run-dir", earlier), "is the run directory itself"),
-        (
-            ("--run-dir", tmp_path / "x", "--data.tokenizer", "BPE", "--data.tokenizer.vocab-size", 257),
-            "another tokenizer",
-        ),
-        (("--run-dir", tmp_path / "x", "--model.d-model", 24), "model.d_model: run has 16, command says 24"),
-    ):
-        code, _, err = scripts.run("train.py", earlier / "config.json", "--init-from", earlier, *flags)
-        assert code in (1, 2) and told in err and "Traceback" not in err, err
+    losses = [record["loss"] for record in metrics(earlier) if record["split"] == "train"]
+    assert metrics(new)[0]["step"] == 1 and metrics(new)[0]["loss"] < (losses[0] + losses[-1]) / 2

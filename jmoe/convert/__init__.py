@@ -11,7 +11,6 @@
     verify.py      what a Hugging Face folder computes, by NumPy alone, beside the run made of it
     shards.py      safetensors files, read and written tensor by tensor
     runs.py        the parameters of a run, read and written piece by piece
-    ahead.py       work done in a thread while the result before it is used
     folder.py      a folder that is there in full or not at all
     pytorch/       the modelling file that goes with a model that no family represents
 

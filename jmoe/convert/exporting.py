@@ -12,13 +12,12 @@ import numpy as np
 
 from jmoe import config, recipe
 from jmoe.config import InputError, require
-from jmoe.convert.ahead import ahead
 from jmoe.convert.families import Family, family_of
 from jmoe.convert.folder import check_new, new_folder
 from jmoe.convert.huggingface.common import NotRepresented, feed_forwards
-from jmoe.convert.mapping import Piece, pieces
+from jmoe.convert.mapping import pieces
 from jmoe.convert.runs import Run
-from jmoe.convert.shards import Planned, Writer, contiguous
+from jmoe.convert.shards import Planned, Writer
 
 DTYPES = {"float32": np.dtype(np.float32), "bf16": np.dtype(ml_dtypes.bfloat16)}
 _UNITS = {"KB": 10**3, "MB": 10**6, "GB": 10**9, "": 1}
@@ -71,24 +70,13 @@ def export(run_dir: Path, out_dir: Path, options: Options = Options()) -> Family
             for t in tensors
         ]
         writer = Writer(folder, plan, max_bytes)
-        for name, tensor in ahead(laid_out(run, tensors, plan)):
-            writer.write(name, tensor)
+        for tensor in tensors:
+            if isinstance(tensor, Planned):
+                writer.write(tensor.name, np.zeros(tensor.shape, np.float32))
+            else:
+                writer.write(tensor.name, tensor.to_tensor(run.read(tensor.parameter, tensor.index)))
         writer.close()
     return family
-
-
-def laid_out(run: Run, tensors: list[Piece | Planned], plan: list[Planned]) -> Iterator[tuple[str, np.ndarray]]:
-    """Name and content of each tensor, as the files have it; those that are only `Planned` are 0."""
-
-    def parts():
-        for tensor in tensors:
-            yield None if isinstance(tensor, Planned) else run.read(tensor.parameter, tensor.index)
-
-    for tensor, planned, part in zip(tensors, plan, ahead(parts()), strict=True):
-        if isinstance(tensor, Planned):
-            yield tensor.name, np.zeros(tensor.shape, tensor.dtype)
-        else:
-            yield tensor.name, contiguous(tensor.to_tensor(part).astype(planned.dtype, copy=False))
 
 
 def _zero_biases(model: config.Model, family: Family) -> Iterator[Planned]:

@@ -12,7 +12,6 @@ import numpy as np
 
 from jmoe import config, recipe
 from jmoe.config import InputError, require
-from jmoe.convert.ahead import ahead
 from jmoe.convert.families import Family, family_named
 from jmoe.convert.folder import check_new
 from jmoe.convert.huggingface.common import feed_forwards
@@ -89,9 +88,8 @@ def import_(hf_dir: Path, run_dir: Path, options: Options = Options()) -> Family
     sources = find_sources(settings.model, family, reader)
 
     def write(writer: ParameterWriter) -> None:
-        parts = ((source.piece, source.read(reader).astype(np.float32, copy=False)) for source in sources)
-        for piece, part in ahead(parts):
-            writer.write(piece.parameter, piece.index, part)
+        for source in sources:
+            writer.write(source.piece.parameter, source.piece.index, source.read(reader))
 
     write_run(run_dir, settings, text, write)
     return family
