@@ -2,6 +2,7 @@
 
 import json
 import math
+import shutil
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,7 +16,7 @@ from jmoe.config import InputError, require
 from jmoe.convert.families import Family, family_of
 from jmoe.convert.folder import check_new, new_folder
 from jmoe.convert.huggingface.common import NotRepresented, feed_forwards
-from jmoe.convert.mapping import pieces
+from jmoe.convert.mapping import Piece, pieces
 from jmoe.convert.runs import Run
 from jmoe.convert.shards import Planned, Writer
 
@@ -30,9 +31,12 @@ class Options:
     step: int | None = None
     """the checkpoint; the newest good one if None [steps]"""
     dtype: Literal["float32", "bf16"] = "float32"
-    """of the tensors in the files; balancing biases stay float32 [dtype]"""
+    """of the tensors in the files; the biases and thresholds of routers stay float32 [dtype]"""
     max_shard_size: str = "5GB"
     """the most data in a file, such as 500MB or 5GB [10^6 or 10^9 bytes]"""
+    family: str | None = None
+    """the class to export to, such as JmoeForCausalLM or MoEForCausalLM; if None the first of transformers' own that
+    represents the model exactly, else JmoeForCausalLM [name]"""
 
 
 def main(argv: list[str]) -> None:
@@ -46,16 +50,16 @@ def main(argv: list[str]) -> None:
 def export(run_dir: Path, out_dir: Path, options: Options = Options()) -> Family:
     """Writes the folder, one tensor at a time, and returns the family that the model belongs to.
 
-    Raises InputError if RUN_DIR is no run, OUT_DIR is there already or no family represents the model, CheckpointError
-    if the checkpoint is damaged or the disk full; then nothing is left behind.
+    Raises InputError if RUN_DIR is no run, OUT_DIR is there already or the family asked for does not represent the
+    model, CheckpointError if the checkpoint is damaged or the disk full; then nothing is left behind.
     """
     max_bytes = size_in_bytes(options.max_shard_size)
     check_new(out_dir)
     run = Run(run_dir, options.step)
     try:
-        family, settings = family_of(run.settings.model)
-    except NotRepresented as reasons:
-        raise InputError(f"no Hugging Face family represents the model of {run_dir}: {reasons}") from None
+        family, settings = family_of(run.settings.model, options.family)
+    except NotRepresented as reason:
+        raise InputError(f"--family {options.family} does not represent the model of {run_dir}: {reason}") from None
     dtype = DTYPES[options.dtype]
     tensors = [*pieces(run.settings.model, family.table), *_zero_biases(run.settings.model, family)]
     with new_folder(out_dir) as folder:
@@ -65,11 +69,9 @@ def export(run_dir: Path, out_dir: Path, options: Options = Options()) -> Family
         _write_json(folder / "generation_config.json", special)
         run.tokenizer.save(folder / "tokenizer.json")
         _write_json(folder / "tokenizer_config.json", tokenizer_config(run))
-        plan = [
-            Planned(t.name, DTYPES["float32"] if t.name.endswith("correction_bias") else dtype, t.shape)
-            for t in tensors
-        ]
-        writer = Writer(folder, plan, max_bytes)
+        for file in family.files:
+            shutil.copy(file, folder)
+        writer = Writer(folder, [_plan(tensor, dtype) for tensor in tensors], max_bytes)
         for tensor in tensors:
             if isinstance(tensor, Planned):
                 writer.write(tensor.name, np.zeros(tensor.shape, np.float32))
@@ -79,10 +81,18 @@ def export(run_dir: Path, out_dir: Path, options: Options = Options()) -> Family
     return family
 
 
+def _plan(tensor: Piece | Planned, dtype: np.dtype) -> Planned:
+    """What training moves by small steps, the state of routers, keeps its precision."""
+    if isinstance(tensor, Planned):
+        return tensor
+    exact = tensor.parameter.endswith(("router/bias", "router/p"))
+    return Planned(tensor.name, DTYPES["float32"] if exact else dtype, tensor.shape)
+
+
 def _zero_biases(model: config.Model, family: Family) -> Iterator[Planned]:
     """Balancing biases of 0, where the family always has them and the model has none."""
     for layer, feed_forward in enumerate(feed_forwards(model)):
-        if isinstance(feed_forward, config.MoE) and "feed_forward/router/bias" in family.table:
+        if isinstance(feed_forward, config.MoE) and "feed_forward/router/bias" in family.always:
             router = feed_forward.router
             if isinstance(router, config.TopK) and router.bias_rate == 0.0:
                 name = family.table["feed_forward/router/bias"].format(layer=layer)
@@ -92,15 +102,11 @@ def _zero_biases(model: config.Model, family: Family) -> Iterator[Planned]:
 def config_json(run: Run, family: Family, settings: dict[str, Any], dtype: str) -> dict[str, Any]:
     """The folder's config.json."""
     torch_dtype = {"float32": "float32", "bf16": "bfloat16"}[dtype]
-    slots = [each.slots for each in feed_forwards(run.settings.model) if isinstance(each, config.MoE)]
-    loss = run.settings.loss.load_balance_loss
-    # transformers sums the shares of a token's experts, where jmoe's load-balance loss takes their mean.
-    balance = {"router_aux_loss_coef": loss / max(slots), "output_router_logits": False} if slots else {}
     return {
         "architectures": [family.architecture],
         "model_type": family.model_type,
         **settings,
-        **balance,
+        **family.loss_to_json(run.settings),
         "max_position_embeddings": run.settings.data.seq_len,
         "bos_token_id": run.tokenizer.eos,
         "eos_token_id": run.tokenizer.eos,
@@ -128,6 +134,9 @@ def tokenizer_config(run: Run) -> dict[str, Any]:
 def model_card(run: Run, family: Family) -> str:
     """The folder's README.md: what the model is, how it is used, and the recipe it was trained by."""
     end = run.tokenizer.token(run.tokenizer.eos)
+    found_by = "AutoModelForCausalLM" if family.module == "transformers" else family.architecture
+    imports = f"from {family.module} import {found_by}"
+    trust = ", trust_remote_code=True" if family.files else ""
     recipe_json = json.dumps(recipe.to_dict(run.settings), indent=2)
     return f"""---
 library_name: transformers
@@ -140,10 +149,11 @@ tags: [jmoe]
 A language model pretrained with jmoe, exported from step {run.step} as `{family.architecture}`.
 
 ```python
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoTokenizer
+{imports}
 
 tokenizer = AutoTokenizer.from_pretrained(".")
-model = AutoModelForCausalLM.from_pretrained(".")
+model = {found_by}.from_pretrained("."{trust})
 inputs = tokenizer({json.dumps(end)} + "The", return_tensors="pt")
 print(tokenizer.decode(model.generate(**inputs, max_new_tokens=50)[0]))
 ```

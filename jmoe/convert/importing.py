@@ -14,7 +14,6 @@ from jmoe import config, recipe
 from jmoe.config import InputError, require
 from jmoe.convert.families import Family, family_named
 from jmoe.convert.folder import check_new
-from jmoe.convert.huggingface.common import feed_forwards
 from jmoe.convert.mapping import Piece, pieces
 from jmoe.convert.runs import ParameterWriter, write_run
 from jmoe.convert.shards import Reader
@@ -111,17 +110,13 @@ def describe(hf_dir: Path, run_dir: Path, tokenizer: str | None = None) -> tuple
     except InputError as error:
         raise InputError(f"{hf_dir}: {error}") from None
     text = _tokenizer(hf_dir, Path(tokenizer) if tokenizer else hf_dir / "tokenizer.json", content)
-    routers = [each.router for each in feed_forwards(model) if isinstance(each, config.MoE)]
-    slots = [router.k for router in routers if isinstance(router, config.TopK) and not router.bias_rate]
-    aux = content.get("router_aux_loss_coef") or 0.0
     settings = config.Config(
         model=model,
         data=config.Data(
             tokenizer=config.TokenizerFile(str((run_dir / "tokenizer.json").absolute()), text.token(text.eos)),
             seq_len=min(content.get("max_position_embeddings") or 2048, 4096),
         ),
-        # transformers sums the shares of a token's experts, where jmoe's load-balance loss takes their mean.
-        loss=config.Loss(z_loss=0.0, load_balance_loss=aux * max(slots, default=0), dynamic_loss=0.0),
+        loss=family.loss_from_json(content, model),
     )
     check_vocabulary(text, settings)
     return family, settings, text

@@ -65,7 +65,7 @@ class Run:
             box = tuple(slice(*ends) for ends in zip(start, stop, strict=True))
             self._block = parameter, start, np.asarray(array[box].read().result())
         _, start, block = self._block
-        return block[tuple(i - first for i, first in zip(index, start, strict=True))]
+        return block[(*(i - first for i, first in zip(index, start, strict=True)), ...)]
 
     def _within(self, index: tuple[int, ...]) -> bool:
         """Whether the part lies in what was read last."""
@@ -104,7 +104,7 @@ class ParameterWriter:
 
     def write(self, parameter: str, index: tuple[int, ...], part: np.ndarray) -> None:
         """parameter[index] = part."""
-        part = np.ascontiguousarray(part, np.float32)
+        part = np.asarray(part, np.float32, order="C")
         self._pending.append((self._stores[parameter][index or ...].write(part), part.nbytes))
         self._bytes += part.nbytes
         while self._bytes > _PENDING:

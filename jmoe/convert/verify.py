@@ -40,13 +40,14 @@ def reference_logits(
 ) -> Float[np.ndarray, "S V"]:
     """Logits, float32 [S, V], of one text of S tokens by the model of a folder's config.json and files."""
     known = reader.tensors.keys()
+    settings, rules = described(settings)
 
     def read(name: str) -> np.ndarray:
         return reader.read(name).astype(np.float32)
 
-    def linear(x: np.ndarray, name: str) -> np.ndarray:
+    def linear(x: np.ndarray, name: str, bias: bool = True) -> np.ndarray:
         out = x @ read(f"{name}.weight").T
-        return out + read(f"{name}.bias") if f"{name}.bias" in known else out
+        return out + read(f"{name}.bias") if bias and f"{name}.bias" in known else out
 
     def norm(x: np.ndarray, name: str) -> np.ndarray:
         eps = settings.get("rms_norm_eps", 1e-6)
@@ -79,8 +80,9 @@ def reference_logits(
         chosen, weights = route(x, name)
         out = np.zeros_like(x)
         for e in np.unique(chosen):
-            rows, slots = np.nonzero(chosen == e)
-            out[rows] += weights[rows, slots][:, None] * expert(x[rows], name, int(e))
+            rows, slots = np.nonzero((chosen == e) & (weights != 0))
+            identity = layer in rules and e >= rules[layer]["num_experts"]
+            out[rows] += weights[rows, slots][:, None] * (x[rows] if identity else expert(x[rows], name, int(e)))
         for shared in ("shared_expert", "shared_experts"):
             if f"{name}.{shared}.up_proj.weight" in known:
                 y = swiglu(x, *(f"{name}.{shared}.{part}_proj" for part in ("gate", "up", "down")))
@@ -97,6 +99,9 @@ def reference_logits(
         return (silu(gate) * up) @ reader.read(f"{name}.experts.down_proj", (e,)).astype(np.float32).T
 
     def route(x: np.ndarray, name: str) -> tuple[np.ndarray, np.ndarray]:
+        if layer in rules:
+            state = {part: read(f"{name}.router.{part}") for part in ("bias", "p") if f"{name}.router.{part}" in known}
+            return route_by_rule(linear(x, f"{name}.router", bias=False), rules[layer]["router"] | state)
         logits, kind, k = linear(x, f"{name}.gate"), settings["model_type"], settings["num_experts_per_tok"]
         if kind not in ("dots1", "glm4_moe"):
             scores = ranked = softmax(logits)
@@ -117,15 +122,66 @@ def reference_logits(
     x = read("model.embed_tokens.weight")[tokens]
     for layer in range(settings["num_hidden_layers"]):
         name = f"model.layers.{layer}"
-        x = x + attention(norm(x, f"{name}.input_layernorm"), f"{name}.self_attn")
-        h = norm(x, f"{name}.post_attention_layernorm")
-        if f"{name}.mlp.gate_proj.weight" in known:
-            x = x + swiglu(h, *(f"{name}.mlp.{part}_proj" for part in ("gate", "up", "down")))
+        before, after = (
+            next(f"{name}.{norm}" for norm in norms if f"{name}.{norm}.weight" in known)
+            for norms in (("input_layernorm", "input_norm"), ("post_attention_layernorm", "post_attention_norm"))
+        )
+        x = x + attention(norm(x, before), f"{name}.self_attn")
+        h = norm(x, after)
+        plain = next((mlp for mlp in (f"{name}.mlp", f"{name}.mlp.mlp") if f"{mlp}.gate_proj.weight" in known), None)
+        if plain:
+            x = x + swiglu(h, *(f"{plain}.{part}_proj" for part in ("gate", "up", "down")))
         else:
             block = "block_sparse_moe" if f"{name}.block_sparse_moe.gate.weight" in known else "mlp"
             x = x + mixture(h, f"{name}.{block}")
     head = "model.embed_tokens" if settings.get("tie_word_embeddings") else "lm_head"
     return linear(norm(x, "model.norm"), head)
+
+
+def described(settings: dict[str, Any]) -> tuple[dict[str, Any], dict[int, dict[str, Any]]]:
+    """What config.json says of the model under the names of transformers, and for layers that choose experts by a rule
+    of jmoe the rule and the number of experts."""
+    if settings.get("architectures") == ["MoEForCausalLM"]:
+        rule = {"kind": "Nucleus", "p": settings["top_p_threshold"], "max_slots": None}
+        moe = {"router": rule, "num_experts": settings["num_experts"]}
+        return settings, dict.fromkeys(range(0, settings["num_hidden_layers"], settings["expert_frequency"]), moe)
+    if settings["model_type"] != "jmoe":
+        return settings, {}
+    own = settings["architecture"]
+    layers = [layer for group in own["layers"] for _ in range(group["repeats"]) for layer in group["pattern"]]
+    named = {
+        "num_attention_heads": own["num_heads"],
+        "num_key_value_heads": own["num_kv_heads"],
+        "num_hidden_layers": len(layers),
+        "rms_norm_eps": own["norm_eps"],
+        "rope_theta": own["rope_base"],
+        "tie_word_embeddings": own["tie_embeddings"],
+    }
+    return settings | named, {i: layer for i, layer in enumerate(layers) if layer["kind"] == "MoE"}
+
+
+def route_by_rule(logits: np.ndarray, rule: dict[str, Any]) -> tuple[np.ndarray, np.ndarray]:
+    """The choices of each token from the best on, and their weights, 0 where they are not chosen: [T, C] each, of
+    logits [T, C] and a rule of jmoe with the `bias` and the `p` that training moved."""
+    if rule["kind"] == "Nucleus":
+        scores = softmax(logits)
+        order = np.argsort(-scores, -1, kind="stable")
+        weights = np.take_along_axis(scores, order, -1)
+        before = np.pad(np.cumsum(weights, -1)[:, :-1], ((0, 0), (1, 0)))
+        weights = np.where(before <= rule["p"], weights, 0)
+        weights[:, rule["max_slots"] or logits.shape[1] :] = 0
+        return order, weights
+    scores = sigmoid(logits) if rule["score"] == "sigmoid" else softmax(logits)
+    groups = (scores + rule.get("bias", 0)).reshape(len(logits), rule["groups"], -1)
+    best = np.argsort(-np.sort(groups, -1)[..., -2:].sum(-1), -1, kind="stable")[:, : rule["groups_per_token"]]
+    allowed = (best[..., None] == np.arange(rule["groups"])[None, None]).any(1)
+    ranked = np.where(allowed[..., None], groups, -np.inf).reshape(logits.shape)
+    order = np.argsort(-ranked, -1, kind="stable")
+    weights = np.take_along_axis(scores, order, -1)
+    weights[:, rule["k"] :] = 0
+    if rule["renormalise"]:
+        weights = weights / weights.sum(-1, keepdims=True)
+    return order, weights * rule["scale"]
 
 
 def rotate(x: Float[np.ndarray, "S N H"], base: float) -> Float[np.ndarray, "S N H"]:

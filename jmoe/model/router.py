@@ -94,8 +94,8 @@ def nucleus(
     """The smallest set of choices whose probabilities sum to more than p (arXiv 2403.07652).
 
     The one that crosses p is included, and the weights are the raw probabilities. Where the sum never exceeds p, as
-    p = 1 should have it, all are chosen; the paper's code falls back to the single best one there. (At p = 1 the
-    float32 sum may still round above 1 and leave out experts whose probability is lost in that rounding.)
+    p = 1 should have it, all are chosen, as by the paper's code. (At p = 1 the float32 sum may still round above 1 and
+    leave out experts whose probability is lost in that rounding.)
 
     Args:
       probabilities: float32 [T, C].

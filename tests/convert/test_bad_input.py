@@ -223,8 +223,10 @@ def test_headers_that_lie(tmp_path):
 def test_models_that_no_family_represents(tmp_path):
     layers = (LayerGroup((Dense(24), MoE(8, 16, Nucleus(p=0.4)))),)
     write_random(tmp_path / "run", Config(model=Model(**{**vars(SHAPE), "layers": layers})))
-    with pytest.raises(InputError, match="no Hugging Face family .*mixtral: the router Nucleus"):
-        export(tmp_path / "run", tmp_path / "hf")
+    with pytest.raises(InputError, match="--family MixtralForCausalLM does not represent .*: the router Nucleus"):
+        export(tmp_path / "run", tmp_path / "hf", Options(family="MixtralForCausalLM"))
+    with pytest.raises(InputError, match="--family Mixtral does not .*: it is unknown, and must be one of Llama"):
+        export(tmp_path / "run", tmp_path / "hf", Options(family="Mixtral"))
     assert not (tmp_path / "hf").exists()
 
 

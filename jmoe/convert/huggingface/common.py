@@ -156,3 +156,19 @@ def window_if_given(json: Json) -> bool:
 
 def window_if_used(json: Json) -> bool:
     return bool(json.get("use_sliding_window")) and json.get("sliding_window") is not None
+
+
+def balance_to_json(settings: config.Config) -> Json:
+    """The coefficient of the load-balance loss: transformers sums the shares of a token's experts, where jmoe takes
+    their mean."""
+    slots = [each.slots for each in feed_forwards(settings.model) if isinstance(each, config.MoE)]
+    coefficient = settings.loss.load_balance_loss
+    return {"router_aux_loss_coef": coefficient / max(slots), "output_router_logits": False} if slots else {}
+
+
+def balance_from_json(json: Json, model: config.Model) -> config.Loss:
+    """The reverse; routers that balance by a bias go without."""
+    routers = [each.router for each in feed_forwards(model) if isinstance(each, config.MoE)]
+    slots = [router.k for router in routers if isinstance(router, config.TopK) and not router.bias_rate]
+    coefficient = json.get("router_aux_loss_coef") or 0.0
+    return config.Loss(z_loss=0.0, load_balance_loss=coefficient * max(slots, default=0), dynamic_loss=0.0)

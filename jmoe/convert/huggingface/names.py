@@ -47,3 +47,22 @@ DEEPSEEK = {
     **_swiglu("feed_forward/experts", "mlp.experts.{expert}"),
     **_swiglu("feed_forward/shared/swiglu", "mlp.shared_experts"),
 }
+
+# jmoe's own modelling file, and the code of the nucleus paper.
+OWN = {
+    **LLAMA,
+    "feed_forward/router/weight": _LAYER + "mlp.router.weight",
+    "feed_forward/router/bias": _LAYER + "mlp.router.bias",
+    "feed_forward/router/p": _LAYER + "mlp.router.p",
+    **_swiglu("feed_forward/experts", "mlp.experts.{expert}"),
+    **_swiglu("feed_forward/shared/swiglu", "mlp.shared_expert"),
+    "feed_forward/shared/weight": _LAYER + "mlp.shared_expert_gate.weight",
+}
+DYNAMIC_MOE = {
+    **_ATTENTION,
+    "attention_norm/gain": _LAYER + "input_norm.weight",
+    "feed_forward_norm/gain": _LAYER + "post_attention_norm.weight",
+    **_swiglu("feed_forward", "mlp.mlp"),
+    "feed_forward/router/weight": _LAYER + "mlp.router.weight",
+    **_swiglu("feed_forward/experts", "mlp.experts.{expert}"),
+}
