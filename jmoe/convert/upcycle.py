@@ -22,7 +22,7 @@ from jaxtyping import Float
 
 from jmoe import config
 from jmoe.config import InputError, require
-from jmoe.convert.layers import Read, ReadLayer, by_layer, group_layers, stacked
+from jmoe.convert.layers import Read, by_layer, group_layers, stacked
 from jmoe.flops import feed_forwards
 
 
@@ -70,9 +70,7 @@ class Options:
             0 <= self.shared < self.granularity or self.shared == 0,
             f"shared is {self.shared}; it must be less than granularity = {self.granularity}, the shares there are",
         )
-        require(
-            self.top_k is None or self.nucleus is None, "top_k and nucleus exclude each other: give one of the two"
-        )
+        require(self.top_k is None or self.nucleus is None, "top_k and nucleus exclude each other: give one of the two")
         require(0.0 <= self.drop <= 1.0, f"drop is {self.drop}; it must lie in [0, 1]")
         require(self.router_std >= 0, f"router_std is {self.router_std}; it must not be negative")
         require(self.seed >= 0, f"seed is {self.seed}; it must not be negative")
@@ -250,9 +248,7 @@ class Plan:
         return found
 
 
-def check_given(
-    model: config.Model, dense: config.Model, chosen: list[int], options: Options
-) -> dict[int, config.MoE]:
+def check_given(model: config.Model, dense: config.Model, chosen: list[int], options: Options) -> dict[int, config.MoE]:
     """The mixtures of the run whose routers are taken, by layer. Raises InputError where one does not fit."""
     require(
         model.d_model == dense.d_model,
@@ -269,11 +265,55 @@ def check_given(
             f"{options.router}: the router of layer {i} chooses from {moe.num_experts} experts and "
             f"{moe.identity_experts} identity experts; it must be {' or '.join(map(str, fitting))} experts",
         )
-        rule = options.rule(moe.router)
-        kept = type(rule) is type(moe.router) and rule == moe.router
-        if not kept:  # its state belongs to its rule
-            require(
-                not (isinstance(rule, config.TopK) and rule.bias_rate), f"layer {i}: a rule with a bias needs its run's"
-            )
         found[i] = moe
     return found
+
+
+def main(argv: list[str]) -> None:
+    """The command. Raises InputError before anything is written."""
+    dense_dir, *rest = argv if argv and not argv[0].startswith("-") else ["", *argv]
+    meaning = "a dense run, or a Hugging Face directory, and the run directory to make"
+    out, options = recipe.arguments(rest, Options(), name="DENSE OUT", meaning=meaning)
+    with contextlib.ExitStack() as stack:
+        if is_huggingface(Path(dense_dir)):
+            folder = stack.enter_context(tempfile.TemporaryDirectory())
+            importing.main([dense_dir, f"{folder}/dense"])
+            dense_dir = f"{folder}/dense"
+        run, given = Run(Path(dense_dir), options.step), None
+        if options.router != "random":
+            routers = Run(Path(options.router.removeprefix("from:")))
+            given = routers.settings.model, routers.read
+        plan = Plan(run.settings.model, run.read, options, given)
+        try:
+            batch = batches_of(prepare_text(run.settings, run.tokenizer, options.data), 4096)[0]
+            text = options.data or "the held-out text"
+        except InputError as error:
+            if options.data is not None:
+                raise
+            batch, text = random_batch(run.settings), f"random tokens ({error})"
+        settings = dataclasses.replace(run.settings, model=plan.model, run_dir=out)
+        write_run(Path(out), settings, run.tokenizer, plan.read)
+        found = difference(run.model(), Run(Path(out)).model(), run.settings.model, plan.model, batch)
+    told = {"from": argv[0], "step": run.step, "options": recipe.to_dict(options)}
+    write_json(Path(out) / "upcycle.json", {**told, "measured_on": text, **found._asdict()})
+    print(f"{out}: {describe_model(plan.model)}")
+    print(report(plan, found))
+    print(f"over {int((batch.segment_ids > 0).sum()):,} tokens of {text}")
+
+
+def report(plan: Plan, found: Difference) -> str:
+    """What the upcycling kept of the dense model's function, in lines."""
+    kept = "the function is kept" if found.logits < 1e-5 else "the function is not kept"
+    lines = [
+        f"{kept}: logits differ by {found.logits:.1e} of the largest; "
+        f"loss {found.losses[0]:.4f} dense, {found.losses[1]:.4f} as a mixture"
+    ]
+    by_reason: dict[tuple[str, ...], list[int]] = {}
+    for layer, moe in plan.mixtures.items():
+        reasons = deviations(moe, plan.options, virtual_groups=plan.virtual_groups[layer])
+        by_reason.setdefault(tuple(reasons), []).append(layer)
+    for reasons, layers in by_reason.items():
+        most = max(found.layers[layer] for layer in layers)
+        lines.append(f"layers {', '.join(map(str, layers))}: outputs differ by at most {most:.1e} of their norm")
+        lines += [f"  {reason}" for reason in reasons]
+    return "\n".join(lines)
