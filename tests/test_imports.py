@@ -14,7 +14,7 @@ LEVELS = [
     "training",
     "checkpoint evaluation generate aot merge",
     "language_model branch __init__",
-    "convert",
+    "convert routing_drift",
     "train eval",
 ]
 # These import from the first level only, and not one another.

@@ -1,14 +1,15 @@
 """The layers of a model one by one, and back into groups: parameters are stored stacked over a group's repeats."""
 
 from collections.abc import Callable, Sequence
-from functools import lru_cache
 
 import numpy as np
 
 from jmoe import config
+from jmoe.convert.mapping import parameter_shapes
+from jmoe.convert.runs import ParameterWriter
 
-# A whole parameter by its name in `jmoe.checkpoint.flatten`, and a layer's own by its index and the rest of that name.
-Read = Callable[[str], np.ndarray]
+# A parameter, or a part of it, as `jmoe.convert.runs.Run.read` gives it; a layer's own by its index and local name.
+Read = Callable[[str, tuple[int, ...]], np.ndarray]
 ReadLayer = Callable[[int, str], np.ndarray]
 
 
@@ -43,25 +44,24 @@ def places(model: config.Model) -> list[tuple[int, int, int]]:
 
 
 def by_layer(model: config.Model, read: Read) -> ReadLayer:
-    """Reads (layer, name) such as (3, "attention/query") from the stacked parameters; the last few are kept."""
-    where, read = places(model), lru_cache(maxsize=4)(read)
+    """Reads (layer, name) such as (3, "attention/query") from parameters that are stacked."""
+    where = places(model)
 
     def of_layer(layer: int, name: str) -> np.ndarray:
         g, i, repeat = where[layer]
-        return read(f"layers/{g}/{i}/{name}")[repeat]
+        return read(f"layers/{g}/{i}/{name}", (repeat,))
 
     return of_layer
 
 
-def stacked(model: config.Model, read: Read, of_layer: ReadLayer) -> Read:
-    """Reads parameters of `model`: those of layers are stacked from `of_layer`, the others are `read`."""
+def write_layers(model: config.Model, read: Read, of_layer: ReadLayer, writer: ParameterWriter) -> None:
+    """Writes all parameters of `model`: those of layers are what `of_layer` gives, the others are `read`."""
     where = places(model)
-
-    def of_model(name: str) -> np.ndarray:
+    for name in parameter_shapes(model):
         if not name.startswith("layers/"):
-            return read(name)
+            writer.write(name, (), read(name, ()))
+            continue
         _, g, i, local = name.split("/", 3)
-        layers = [layer for layer, place in enumerate(where) if place[:2] == (int(g), int(i))]
-        return np.stack([of_layer(layer, local) for layer in layers])
-
-    return of_model
+        for layer, place in enumerate(where):
+            if place[:2] == (int(g), int(i)):
+                writer.write(name, place[2:], of_layer(layer, local))

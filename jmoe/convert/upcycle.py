@@ -10,20 +10,30 @@ shared expert. The others become experts:
 An expert's output is weighed by the router, so up and down are multiplied by the root of what makes up for that.
 """
 
+import contextlib
 import dataclasses
+import importlib
 import math
 import re
+import tempfile
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
 from typing import Literal
 
 import numpy as np
 from jaxtyping import Float
 
-from jmoe import config
+from jmoe import config, recipe
 from jmoe.config import InputError, require
-from jmoe.convert.layers import Read, by_layer, group_layers, stacked
+from jmoe.convert.held_out import Difference, batches_of, difference, prepare_text, random_batch
+from jmoe.convert.layers import Read, by_layer, group_layers, write_layers
+from jmoe.convert.runs import Run, write_run
 from jmoe.flops import feed_forwards
+from jmoe.language_model import LanguageModel
+from jmoe.run_directory import write_json
+from jmoe.telemetry import describe_model
 
 
 @dataclass(frozen=True)
@@ -229,10 +239,9 @@ class Plan:
             self.mixtures[i] = settings[i] = mixture(each, options, of_run and of_run.router)
             self.virtual_groups[i] = of_run is None or of_run.num_choices == options.experts
         self.model = dataclasses.replace(dense, layers=group_layers(settings))
-        self.read = stacked(self.model, read, self._of_layer)
-        """a parameter of the new model by its name, float32"""
 
-    def _of_layer(self, layer: int, name: str) -> np.ndarray:
+    def of_layer(self, layer: int, name: str) -> np.ndarray:
+        """A parameter of a layer of the new model, float32."""
         local = name.removeprefix("feed_forward/")
         if local == name or layer not in self.mixtures:
             return self.dense(layer, name)
@@ -275,9 +284,9 @@ def main(argv: list[str]) -> None:
     meaning = "a dense run, or a Hugging Face directory, and the run directory to make"
     out, options = recipe.arguments(rest, Options(), name="DENSE OUT", meaning=meaning)
     with contextlib.ExitStack() as stack:
-        if is_huggingface(Path(dense_dir)):
-            folder = stack.enter_context(tempfile.TemporaryDirectory())
-            importing.main([dense_dir, f"{folder}/dense"])
+        if any(Path(dense_dir).glob("*.safetensors")):
+            folder = stack.enter_context(tempfile.TemporaryDirectory(prefix="jmoe-upcycle-"))
+            importlib.import_module("jmoe.convert.importing").main([dense_dir, f"{folder}/dense"])
             dense_dir = f"{folder}/dense"
         run, given = Run(Path(dense_dir), options.step), None
         if options.router != "random":
@@ -292,8 +301,10 @@ def main(argv: list[str]) -> None:
                 raise
             batch, text = random_batch(run.settings), f"random tokens ({error})"
         settings = dataclasses.replace(run.settings, model=plan.model, run_dir=out)
-        write_run(Path(out), settings, run.tokenizer, plan.read)
-        found = difference(run.model(), Run(Path(out)).model(), run.settings.model, plan.model, batch)
+        write = partial(write_layers, plan.model, run.read, plan.of_layer)
+        write_run(Path(out), settings, run.tokenizer, write)
+        dense, made = (LanguageModel.load(path, step=step) for path, step in ((dense_dir, run.step), (out, 0)))
+        found = difference(dense.params, made.params, run.settings.model, plan.model, batch)
     told = {"from": argv[0], "step": run.step, "options": recipe.to_dict(options)}
     write_json(Path(out) / "upcycle.json", {**told, "measured_on": text, **found._asdict()})
     print(f"{out}: {describe_model(plan.model)}")

@@ -147,13 +147,13 @@ def plot_drift(drift: Drift, output_path: Path, threshold: float = SETTLED) -> N
         if drawn.any():
             draw_lines(axes, steps[drawn], table[drawn], colors)
         axes.set_title(title, loc="left", fontsize=8.5)
+    low, high = panels[2].get_ylim()  # what is nearly nothing is drawn as that
+    panels[2].set_ylim(min(low, -0.01), max(high, 0.1))
     for axes in panels[:2]:
         axes.set_ylim(0.0, 1.05)
         axes.yaxis.set_major_formatter(PercentFormatter(1.0, decimals=0))
     draw_limit(panels[0], float(np.mean(drift.by_chance)), "by chance, mean")
     draw_limit(panels[1], threshold, "settled")
-    for axes in panels[:2]:
-        axes.set_ylim(0.0, 1.05)
     if len(drift.layers) > 1:
         draw_layer_key(figure, panels, drift.layers, colors, 1)
     figure.savefig(output_path)
