@@ -14,10 +14,9 @@ from jmoe.batch import Batch
 from jmoe.data.pipeline import validation_batches
 from jmoe.data.prepare import Prepared, prepare
 from jmoe.data.tokenizer import Tokenizer
-from jmoe.flops import feed_forwards
 from jmoe.model.attention import positions_in_row
 from jmoe.model.transformer import Transformer
-from jmoe.model.walk import apply, layers_of, walk
+from jmoe.model.walk import Visit, apply, layers_of, walk
 
 
 def prepare_text(settings: config.Config, tokenizer: Tokenizer, glob: str | None) -> tuple[Prepared, ...]:
@@ -45,6 +44,16 @@ def random_batch(settings: config.Config, tokens: int = 4096) -> Batch:
     return Batch(drawn[:, :-1], drawn[:, 1:], ones, np.asarray(positions_in_row(*shape)), ones > 0)
 
 
+def mean_loss(params: Transformer, model: config.Model, batches: Sequence[Batch]) -> float:
+    """Cross-entropy over the batches in float32, nats/token."""
+    total = count = 0.0
+    for batch in batches:
+        *_, last = walk(params, model, batch)
+        total += float(_loss(_logits(params, last), batch))
+        count += float(batch.loss_mask.sum())
+    return total / max(count, 1.0)
+
+
 class Difference(NamedTuple):
     """How one model differs from another of as many layers, over the tokens of a batch."""
 
@@ -59,18 +68,22 @@ class Difference(NamedTuple):
 
 def difference(old: Transformer, new: Transformer, was: config.Model, now: config.Model, batch: Batch) -> Difference:
     """What replacing `old`, of architecture `was`, by `new`, of `now`, does; computed in float32."""
-    valid, found = jnp.asarray(batch.segment_ids > 0), {}
-    visit = None
+    valid, found, visit = jnp.asarray(batch.segment_ids > 0), {}, None
     for visit, (index, settings, layer) in zip(walk(old, was, batch), layers_of(new, now), strict=True):
         if settings != visit.settings:
             changed = apply(layer.feed_forward, visit.inputs, valid) - visit.outputs
             found[index] = float(_norm(changed, valid) / _norm(visit.outputs, valid))
-    assert visit is not None and len(feed_forwards(now)) == visit.index + 1
-    logits = old.logits(old.final_norm(visit.residual))
     *_, last = walk(new, now, batch)
-    after = new.logits(new.final_norm(last.residual))
-    most = jnp.abs((after - logits) * valid[..., None]).max() / jnp.abs(logits * valid[..., None]).max()
-    return Difference(found, float(most), (_loss(logits, batch), _loss(after, batch)))
+    assert visit is not None
+    before, after = _logits(old, visit), _logits(new, last)
+    largest = [float(jnp.abs(logits * valid[..., None]).max()) for logits in (after - before, before)]
+    count = max(float(batch.loss_mask.sum()), 1.0)
+    losses = float(_loss(before, batch)) / count, float(_loss(after, batch)) / count
+    return Difference(found, largest[0] / largest[1], losses)
+
+
+def _logits(params: Transformer, last: Visit) -> Array:
+    return params.logits(params.final_norm(last.residual))
 
 
 def _norm(x: Float[Array, "B S D"], valid: Array) -> Array:
@@ -78,10 +91,7 @@ def _norm(x: Float[Array, "B S D"], valid: Array) -> Array:
 
 
 @jax.jit
-def _mean_loss(logits, targets, mask):
-    likelihood = jnp.take_along_axis(jax.nn.log_softmax(logits), targets[..., None], -1)[..., 0]
-    return -jnp.sum(likelihood * mask) / jnp.maximum(mask.sum(), 1)
-
-
-def _loss(logits: Float[Array, "B S V"], batch: Batch) -> float:
-    return float(_mean_loss(logits, jnp.asarray(batch.targets), jnp.asarray(batch.loss_mask)))
+def _loss(logits: Float[Array, "B S V"], batch: Batch) -> Array:
+    """Summed over the targets."""
+    likelihood = jnp.take_along_axis(jax.nn.log_softmax(logits), batch.targets[..., None], -1)[..., 0]
+    return -jnp.sum(likelihood * batch.loss_mask)

@@ -1,0 +1,59 @@
+"""prune: experts that matter least are left out, `python -m jmoe.convert prune RUN OUT [--flag value ...]`."""
+
+from dataclasses import dataclass
+from typing import Literal
+
+import numpy as np
+from jaxtyping import Float
+
+from jmoe import recipe
+from jmoe.config import require
+from jmoe.convert.compress import Observed, alone, calibrate, choose, parse_counts, write
+
+
+@dataclass(frozen=True)
+class Options:
+    """Flags of the command."""
+
+    method: Literal["reap", "frequency"] = "reap"
+    """what an expert matters: the mean of combine weight times norm of its output over the tokens that go to it (REAP,
+    arXiv 2510.13999), or how many go [name]"""
+    keep: float = 0.5
+    """experts kept in a layer, or a fraction below 1 of them [count or fraction]"""
+    by: Literal["layer", "global"] = "layer"
+    """as many in each layer, or as many in all by one threshold on the score over its layer's mean [name]"""
+    layers: str = ""
+    """other numbers for single layers, such as 0=0,2-5=8; a layer of 0 becomes dense [list]"""
+    calibrate: str | None = None
+    """text to calibrate and measure on, a pattern of files as eval.py has it; the run's own held-out text if None
+    [path]"""
+    tokens: int = 32768
+    """about so many to calibrate on, and as many to measure on [tokens]"""
+    step: int | None = None
+    """the checkpoint; the newest good one if None [steps]"""
+
+    def __post_init__(self):
+        require(
+            0 < self.keep < 1 or self.keep == int(self.keep) >= 1,
+            f"keep is {self.keep}; it must be a number of experts, or a fraction between 0 and 1",
+        )
+        require(self.tokens >= 1, f"tokens is {self.tokens}; it must be at least 1")
+
+
+def score(observed: Observed, method: Literal["reap", "frequency"]) -> Float[np.ndarray, " E"]:
+    """What each expert matters. REAP: S_j = mean of g_j(x) ‖f_j(x)‖₂ over the tokens x routed to j, where the combine
+    weights g sum to 1 over a token's experts (arXiv 2510.13999); 0 for an expert without tokens."""
+    count = np.asarray(observed.count)
+    return count if method == "frequency" else np.asarray(observed.saliency) / np.maximum(count, 1.0)
+
+
+def main(argv: list[str]) -> None:
+    """The command. Raises InputError before anything is written."""
+    run_dir, *rest = argv if argv and not argv[0].startswith("-") else ["", *argv]
+    out, options = recipe.arguments(rest, Options(), name="RUN OUT", meaning="a run, and the run directory to make")
+    calibrated = calibrate(run_dir, options.step, options.calibrate, options.tokens)
+    scores = {layer: score(observed, options.method) for layer, observed in calibrated.observed.items()}
+    counts = parse_counts(options.layers, list(calibrated.moes))
+    kept = choose(calibrated.moes, scores, options.keep, options.by, counts)
+    groups = {layer: [alone(e) for e in experts] for layer, experts in kept.items()}
+    write(out, {"from": run_dir, "options": recipe.to_dict(options)}, calibrated, groups)
