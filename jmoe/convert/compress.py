@@ -4,7 +4,6 @@ import dataclasses
 import math
 import re
 from collections.abc import Iterable, Mapping, Sequence
-from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -314,7 +313,12 @@ def write(out: str, told: dict[str, Any], calibrated: Calibrated, groups: Mappin
     run, was = calibrated.run, calibrated.run.settings.model
     fewer = Fewer(was, run.read, groups, calibrated.observed)
     settings = dataclasses.replace(run.settings, model=fewer.model, run_dir=out)
-    write_run(Path(out), settings, run.tokenizer, partial(write_layers, fewer.model, run.read, fewer.of_layer))
+    write_run(
+        Path(out),
+        settings,
+        run.tokenizer,
+        lambda writer: write_layers(fewer.model, run.read, fewer.of_layer, writer.write),
+    )
     before = mean_loss(calibrated.params, was, calibrated.held_out)
     after = mean_loss(LanguageModel.load(out).params, fewer.model, calibrated.held_out)
     experts = {

@@ -6,11 +6,11 @@ import numpy as np
 
 from jmoe import config
 from jmoe.convert.mapping import parameter_shapes
-from jmoe.convert.runs import ParameterWriter
 
 # A parameter, or a part of it, as `jmoe.convert.runs.Run.read` gives it; a layer's own by its index and local name.
 Read = Callable[[str, tuple[int, ...]], np.ndarray]
 ReadLayer = Callable[[int, str], np.ndarray]
+Write = Callable[[str, tuple[int, ...], np.ndarray], None]
 
 
 def group_layers(layers: Sequence[config.FeedForward]) -> tuple[config.LayerGroup, ...]:
@@ -49,19 +49,19 @@ def by_layer(model: config.Model, read: Read) -> ReadLayer:
 
     def of_layer(layer: int, name: str) -> np.ndarray:
         g, i, repeat = where[layer]
-        return read(f"layers/{g}/{i}/{name}", (repeat,))
+        return np.asarray(read(f"layers/{g}/{i}/{name}", (repeat,)))
 
     return of_layer
 
 
-def write_layers(model: config.Model, read: Read, of_layer: ReadLayer, writer: ParameterWriter) -> None:
+def write_layers(model: config.Model, read: Read, of_layer: ReadLayer, write: Write) -> None:
     """Writes all parameters of `model`: those of layers are what `of_layer` gives, the others are `read`."""
     where = places(model)
     for name in parameter_shapes(model):
         if not name.startswith("layers/"):
-            writer.write(name, (), read(name, ()))
+            write(name, (), read(name, ()))
             continue
         _, g, i, local = name.split("/", 3)
         for layer, place in enumerate(where):
             if place[:2] == (int(g), int(i)):
-                writer.write(name, place[2:], of_layer(layer, local))
+                write(name, place[2:], of_layer(layer, local))

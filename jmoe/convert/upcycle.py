@@ -18,7 +18,6 @@ import re
 import tempfile
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 from typing import Literal
 
@@ -301,8 +300,12 @@ def main(argv: list[str]) -> None:
                 raise
             batch, text = random_batch(run.settings), f"random tokens ({error})"
         settings = dataclasses.replace(run.settings, model=plan.model, run_dir=out)
-        write = partial(write_layers, plan.model, run.read, plan.of_layer)
-        write_run(Path(out), settings, run.tokenizer, write)
+        write_run(
+            Path(out),
+            settings,
+            run.tokenizer,
+            lambda writer: write_layers(plan.model, run.read, plan.of_layer, writer.write),
+        )
         dense, made = (LanguageModel.load(path, step=step) for path, step in ((dense_dir, run.step), (out, 0)))
         found = difference(dense.params, made.params, run.settings.model, plan.model, batch)
     told = {"from": argv[0], "step": run.step, "options": recipe.to_dict(options)}
