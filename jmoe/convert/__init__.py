@@ -4,7 +4,10 @@
     exporting.py   export: a run to a folder that Hugging Face transformers reads
     importing.py   import: such a folder to a run
     upcycle.py     upcycle: a dense model to a mixture of experts
-    compress.py    prune, merge: experts removed or merged
+    prune.py       prune: experts left out
+    merge.py       merge: several experts made one
+    compress.py    what both share: calibration, and the run with fewer experts
+    held_out.py    how far a conversion is from what it was made of
     families.py    which Hugging Face family is which `config.Model` (huggingface/: their config.json and names)
     mapping.py     jmoe's parameters, stacked over layers and experts, as single tensors of other names and layout
     layers.py      the layers of a model one by one, and back into groups
@@ -14,5 +17,5 @@
     folder.py      a folder that is there in full or not at all
     pytorch/       the modelling file that goes with a model that no family represents
 
-Neither PyTorch nor transformers is needed, and at no time is the whole model in memory.
+Neither PyTorch nor transformers is needed, and the whole model is in memory only where it is run, to measure it.
 """

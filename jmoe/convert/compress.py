@@ -28,6 +28,8 @@ from jmoe.model.walk import walk
 from jmoe.run_directory import write_json
 from jmoe.telemetry import describe_model
 
+PLACES = {"RUN": "a run with experts", "OUT": "the run directory to make"}
+
 # --------------------------------------------------------------------------------------------------------- calibration
 
 

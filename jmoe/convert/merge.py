@@ -7,6 +7,7 @@ Before that the hidden units of a joining expert are put in the order in which t
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Literal
 
 import numpy as np
@@ -15,7 +16,8 @@ from scipy.optimize import linear_sum_assignment  # JAX needs scipy anyway
 
 from jmoe import config, recipe
 from jmoe.config import require
-from jmoe.convert.compress import Group, Observed, calibrate, choose, expert, parse_counts, write
+from jmoe.convert.compress import PLACES, Group, Observed, calibrate, choose, expert, parse_counts, write
+from jmoe.convert.folder import check_new
 from jmoe.convert.layers import ReadLayer, by_layer
 
 
@@ -100,8 +102,8 @@ def merged(
 
 def main(argv: list[str]) -> None:
     """The command. Raises InputError before anything is written."""
-    run_dir, *rest = argv if argv and not argv[0].startswith("-") else ["", *argv]
-    out, options = recipe.arguments(rest, Options(), name="RUN OUT", meaning="a run, and the run directory to make")
+    (run_dir, out), options = recipe.positional_arguments(argv, Options(), PLACES)
+    check_new(Path(out))
     calibrated = calibrate(run_dir, options.step, options.calibrate, options.tokens)
     counts = parse_counts(options.layers, list(calibrated.moes))
     scores = {layer: np.asarray(observed.count) for layer, observed in calibrated.observed.items()}

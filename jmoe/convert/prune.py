@@ -1,6 +1,7 @@
 """prune: experts that matter least are left out, `python -m jmoe.convert prune RUN OUT [--flag value ...]`."""
 
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Literal
 
 import numpy as np
@@ -8,7 +9,8 @@ from jaxtyping import Float
 
 from jmoe import recipe
 from jmoe.config import require
-from jmoe.convert.compress import Observed, alone, calibrate, choose, parse_counts, write
+from jmoe.convert.compress import PLACES, Observed, alone, calibrate, choose, parse_counts, write
+from jmoe.convert.folder import check_new
 
 
 @dataclass(frozen=True)
@@ -49,8 +51,8 @@ def score(observed: Observed, method: Literal["reap", "frequency"]) -> Float[np.
 
 def main(argv: list[str]) -> None:
     """The command. Raises InputError before anything is written."""
-    run_dir, *rest = argv if argv and not argv[0].startswith("-") else ["", *argv]
-    out, options = recipe.arguments(rest, Options(), name="RUN OUT", meaning="a run, and the run directory to make")
+    (run_dir, out), options = recipe.positional_arguments(argv, Options(), PLACES)
+    check_new(Path(out))
     calibrated = calibrate(run_dir, options.step, options.calibrate, options.tokens)
     scores = {layer: score(observed, options.method) for layer, observed in calibrated.observed.items()}
     counts = parse_counts(options.layers, list(calibrated.moes))

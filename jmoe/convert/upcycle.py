@@ -12,7 +12,6 @@ An expert's output is weighed by the router, so up and down are multiplied by th
 
 import contextlib
 import dataclasses
-import importlib
 import math
 import re
 import tempfile
@@ -26,6 +25,8 @@ from jaxtyping import Float
 
 from jmoe import config, recipe
 from jmoe.config import InputError, require
+from jmoe.convert import importing
+from jmoe.convert.folder import check_new
 from jmoe.convert.held_out import Difference, batches_of, difference, prepare_text, random_batch
 from jmoe.convert.layers import Read, by_layer, group_layers, write_layers
 from jmoe.convert.runs import Run, write_run
@@ -279,14 +280,14 @@ def check_given(model: config.Model, dense: config.Model, chosen: list[int], opt
 
 def main(argv: list[str]) -> None:
     """The command. Raises InputError before anything is written."""
-    dense_dir, *rest = argv if argv and not argv[0].startswith("-") else ["", *argv]
-    meaning = "a dense run, or a Hugging Face directory, and the run directory to make"
-    out, options = recipe.arguments(rest, Options(), name="DENSE OUT", meaning=meaning)
+    places = {"DENSE": "a dense run, or a Hugging Face folder of one", "OUT": "the run directory to make"}
+    (given_dir, out), options = recipe.positional_arguments(argv, Options(), places)
+    check_new(Path(out))
+    dense_dir = given_dir
     with contextlib.ExitStack() as stack:
-        if any(Path(dense_dir).glob("*.safetensors")):
-            folder = stack.enter_context(tempfile.TemporaryDirectory(prefix="jmoe-upcycle-"))
-            importlib.import_module("jmoe.convert.importing").main([dense_dir, f"{folder}/dense"])
-            dense_dir = f"{folder}/dense"
+        if any(Path(given_dir).glob("*.safetensors")):
+            dense_dir = stack.enter_context(tempfile.TemporaryDirectory(prefix="jmoe-upcycle-"))
+            importing.import_(Path(given_dir), Path(dense_dir), importing.Options())
         run, given = Run(Path(dense_dir), options.step), None
         if options.router != "random":
             routers = Run(Path(options.router.removeprefix("from:")))
@@ -308,7 +309,7 @@ def main(argv: list[str]) -> None:
         )
         dense, made = (LanguageModel.load(path, step=step) for path, step in ((dense_dir, run.step), (out, 0)))
         found = difference(dense.params, made.params, run.settings.model, plan.model, batch)
-    told = {"from": argv[0], "step": run.step, "options": recipe.to_dict(options)}
+    told = {"from": given_dir, "step": run.step, "options": recipe.to_dict(options)}
     write_json(Path(out) / "upcycle.json", {**told, "measured_on": text, **found._asdict()})
     print(f"{out}: {describe_model(plan.model)}")
     print(report(plan, found))

@@ -1,6 +1,7 @@
 """Fewer experts: what they do on text, which stay, and what the smaller model computes."""
 
 import dataclasses
+import functools
 import json
 
 import jax
@@ -35,12 +36,20 @@ MODEL = config.Model(
     init_std=0.3,
     layers=(LayerGroup((Dense(8), MIXED)), LayerGroup((NUCLEUS,))),
 )
-PARAMS = Transformer(MODEL, jax.random.key(0))
-STORED = {name: np.asarray(leaf) for name, leaf in flatten(PARAMS).items()}
+
+
+@functools.cache
+def parameters():
+    return Transformer(MODEL, jax.random.key(0))
+
+
+@functools.cache
+def stored():
+    return {name: np.asarray(leaf) for name, leaf in flatten(parameters()).items()}
 
 
 def read(name, index):
-    return STORED[name][index]
+    return stored()[name][index]
 
 
 def batch():
@@ -51,7 +60,7 @@ def batch():
 
 @pytest.fixture(scope="module")
 def observed():
-    return observe(PARAMS, MODEL, [batch(), batch()])
+    return observe(parameters(), MODEL, [batch(), batch()])
 
 
 def made_of(groups, observed):
@@ -69,7 +78,7 @@ def experts_of(layer):
 
 def test_what_is_observed_is_the_sum_over_tokens(observed):
     assert sorted(observed) == [1, 2]
-    for visit in list(walk(PARAMS, MODEL, batch()))[1:]:
+    for visit in list(walk(parameters(), MODEL, batch()))[1:]:
         layer, E = visit.layer.feed_forward, 6
         routing = layer.router(visit.inputs, jnp.asarray(batch().segment_ids > 0))
         x, sums = visit.inputs.reshape(24, 16), {name: np.zeros(E) for name in ("count", "weight", "saliency")}
@@ -137,7 +146,7 @@ def test_experts_that_no_token_goes_to_can_go(observed):
     fewer, params = made_of(groups, observed)
     new = feed_forwards(fewer.model)[1]
     assert isinstance(new, MoE) and new.expert_widths == tuple(MIXED.expert_widths[e] for e in used)
-    found = difference(PARAMS, params, MODEL, fewer.model, batch())
+    found = difference(parameters(), params, MODEL, fewer.model, batch())
     assert found.logits < 1e-5 and found.layers[1] < 1e-5 and list(found.layers) == [1]
 
 
@@ -147,7 +156,7 @@ def test_a_layer_without_experts_is_dense(observed):
     count = round(float(observed[2].count.sum() / observed[2].tokens))
     assert feed_forwards(fewer.model)[2] == Dense(8 * count + 4) and len(experts) == count > 1
     assert set(experts) == set(np.argsort(-observed[2].saliency)[:count].tolist())
-    old, new = list(walk(PARAMS, MODEL, batch()))[2], list(walk(params, fewer.model, batch()))[2]
+    old, new = list(walk(parameters(), MODEL, batch()))[2], list(walk(params, fewer.model, batch()))[2]
     x = old.inputs.reshape(24, 16)
     outputs = [
         (jax.nn.silu(x @ g) * (x @ u)) @ d for g, u, d in (experts_of(old.layer.feed_forward)[e] for e in experts)
@@ -175,11 +184,11 @@ def test_merging_weighs_by_tokens_and_puts_units_in_order():
     np.testing.assert_allclose(groups[0].shares, [0.75, 0.25, 0.0], atol=1e-6)
     fewer = Fewer(MODEL, read, {1: groups}, {1: of})
     old, new = (
-        STORED["layers/0/1/feed_forward/experts/buckets/0/up"][0],
+        stored()["layers/0/1/feed_forward/experts/buckets/0/up"][0],
         fewer.of_layer(1, "feed_forward/experts/buckets/0/up"),
     )
     np.testing.assert_allclose(new, 0.75 * old[:1] + 0.25 * old[1:2], atol=1e-5)
-    weight, cut = STORED["layers/0/1/feed_forward/router/weight"][0], fewer.of_layer(1, "feed_forward/router/weight")
+    weight, cut = stored()["layers/0/1/feed_forward/router/weight"][0], fewer.of_layer(1, "feed_forward/router/weight")
     assert cut.shape == (16, 3)
     np.testing.assert_allclose(cut[:, 0], 0.75 * weight[:, 0] + 0.25 * weight[:, 1], atol=1e-5)
     np.testing.assert_array_equal(cut[:, 2], weight[:, 6])  # the identity expert
