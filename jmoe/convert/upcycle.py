@@ -77,7 +77,7 @@ class Options:
         for name in ("experts", "granularity"):
             require(getattr(self, name) >= 1, f"{name} is {getattr(self, name)}; it must be at least 1")
         require(
-            0 <= self.shared < self.granularity or self.shared == 0,
+            0 <= self.shared < self.granularity,
             f"shared is {self.shared}; it must be less than granularity = {self.granularity}, the shares there are",
         )
         require(self.top_k is None or self.nucleus is None, "top_k and nucleus exclude each other: give one of the two")
