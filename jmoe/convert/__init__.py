@@ -4,9 +4,11 @@
     exporting.py   export: a run to a folder that Hugging Face transformers reads
     importing.py   import: such a folder to a run
     upcycle.py     upcycle: a dense model to a mixture of experts
+    mixture.py     how a dense feed-forward becomes experts
     prune.py       prune: experts left out
     merge.py       merge: several experts made one
-    compress.py    what both share: calibration, and the run with fewer experts
+    compress.py    what both share: which experts to keep, and the run with fewer
+    calibration.py what the experts of a run do on calibration text
     held_out.py    how far a conversion is from what it was made of
     families.py    which Hugging Face family is which `config.Model` (huggingface/: their config.json and names)
     mapping.py     jmoe's parameters, stacked over layers and experts, as single tensors of other names and layout

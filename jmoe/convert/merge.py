@@ -16,7 +16,8 @@ from scipy.optimize import linear_sum_assignment  # JAX needs scipy anyway
 
 from jmoe import config, recipe
 from jmoe.config import require
-from jmoe.convert.compress import PLACES, Group, Observed, calibrate, choose, expert, parse_counts, write
+from jmoe.convert.calibration import Observed, calibrate
+from jmoe.convert.compress import PLACES, Group, choose, expert, parse_counts, write
 from jmoe.convert.folder import check_new
 from jmoe.convert.layers import ReadLayer, by_layer
 

@@ -9,7 +9,8 @@ from jaxtyping import Float
 
 from jmoe import recipe
 from jmoe.config import require
-from jmoe.convert.compress import PLACES, Observed, alone, calibrate, choose, parse_counts, write
+from jmoe.convert.calibration import Observed, calibrate
+from jmoe.convert.compress import PLACES, alone, choose, parse_counts, write
 from jmoe.convert.folder import check_new
 
 

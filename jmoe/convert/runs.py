@@ -92,7 +92,8 @@ class ParameterWriter:
             apart = 2 if "/experts/" in name else 1 if name.startswith("layers/") else 0
             chunk = (1,) * apart + shape[apart:]
             opening[name] = ts.open(
-                _spec(step_folder, name),
+                # Orbax takes a chunk that is not there, as zeros would not be, for a loss.
+                {**_spec(step_folder, name), "store_data_equal_to_fill_value": True},
                 context=context,
                 create=True,
                 delete_existing=True,

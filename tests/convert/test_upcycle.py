@@ -18,7 +18,8 @@ from jmoe.convert import upcycle
 from jmoe.convert.held_out import difference
 from jmoe.convert.layers import write_layers
 from jmoe.convert.mapping import parameter_shapes
-from jmoe.convert.upcycle import Options, Plan, parse_layers
+from jmoe.convert.mixture import Options
+from jmoe.convert.upcycle import Plan, parse_layers
 from jmoe.data import tokenizer
 from jmoe.flops import feed_forwards
 from jmoe.model.transformer import Transformer
