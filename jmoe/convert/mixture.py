@@ -87,7 +87,7 @@ class Options:
         if self.top_k is None and given is not None:
             return given
         default = self.routed if self.method == "split" else min(2, self.experts)
-        return config.TopK(self.top_k or default, renormalise=self.renormalise)
+        return config.TopK(default if self.top_k is None else self.top_k, renormalise=self.renormalise)
 
 
 def mixture(dense: config.Dense, options: Options, given: config.Router | None = None) -> config.MoE:
