@@ -74,7 +74,8 @@ def choose(
         relative = {layer: scores[layer] / max(scores[layer].mean(), 1e-20) for layer in free}
         ranked = {layer: np.sort(relative[layer])[::-1] for layer in free}
         rest = sorted(((x, layer) for layer in free for x in ranked[layer][least[layer] :]), reverse=True)
-        more = max(0, sum(wanted.values()) - sum(least.values()))
+        total = round(keep * sum(map(len, ranked.values()))) if keep < 1 else sum(wanted.values())
+        more = max(0, total - sum(least.values()))
         wanted = {layer: least[layer] + sum(of == layer for _, of in rest[:more]) for layer in free}
     return {layer: best(scores[layer], (counts | wanted)[layer], _groups(moes[layer]), layer) for layer in moes}
 
