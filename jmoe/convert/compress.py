@@ -77,7 +77,7 @@ def choose(
         total = round(keep * sum(map(len, ranked.values()))) if keep < 1 else sum(wanted.values())
         more = max(0, total - sum(least.values()))
         wanted = {layer: least[layer] + sum(of == layer for _, of in rest[:more]) for layer in free}
-    return {layer: best(scores[layer], (counts | wanted)[layer], _groups(moes[layer]), layer) for layer in moes}
+    return {layer: best(scores[layer], {**counts, **wanted}[layer], _groups(moes[layer]), layer) for layer in moes}
 
 
 def best(scores: Float[np.ndarray, " E"], count: int, groups: int = 1, layer: int = 0) -> list[int]:
