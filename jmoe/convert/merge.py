@@ -7,6 +7,7 @@ Before that the hidden units of a joining expert are put in the order in which t
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from pathlib import Path
 from typing import Literal
 
@@ -87,6 +88,7 @@ def merged(
 ) -> list[Group]:
     """The groups of a layer: each dominant expert with those that join it."""
     count, groups = np.asarray(observed.count), []
+    read = lru_cache(maxsize=3 * len(set(moe.expert_widths)))(read)  # the layer's matrices
 
     def matrices(e):
         return tuple(expert(read, layer, moe, e, matrix) for matrix in ("gate", "up", "down"))
