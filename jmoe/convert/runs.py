@@ -105,7 +105,7 @@ class ParameterWriter:
 
     def write(self, parameter: str, index: tuple[int, ...], part: np.ndarray) -> None:
         """parameter[index] = part."""
-        part = np.asarray(part, np.float32, order="C")
+        part = np.asarray(part, np.float32, order="C")  # which leaves scalars what they are
         self._pending.append((self._stores[parameter][index or ...].write(part), part.nbytes))
         self._bytes += part.nbytes
         while self._bytes > _PENDING:
