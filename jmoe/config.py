@@ -454,7 +454,7 @@ class ByRole:
     head: float = 1.0
     """of the output head [ratio]"""
     norm: float = 1.0
-    """of the norms' gains [ratio]"""
+    """of the norms' gains, and of biases [ratio]"""
     router: float = 1.0
     """of the routers and the shared experts' gates [ratio]"""
     attention: float = 1.0

@@ -17,6 +17,8 @@ ROLES: Mapping[tuple[str, ...], config.Role | Literal["buffer"]] = {
     ("embed", "vocab"): "head",
     ("embed",): "norm",
     ("head_dim",): "norm",
+    ("heads",): "norm",
+    ("kv_heads",): "norm",
     ("embed", "router"): "router",
     ("embed", "heads", "head_dim"): "attention",
     ("embed", "kv_heads", "head_dim"): "attention",

@@ -88,6 +88,21 @@ def test_after_a_clip_each_clipped_heads_maximum_is_the_threshold(num_kv_heads):
     jax.tree.map(np.testing.assert_array_equal, unchanged, params)
 
 
+@pytest.mark.parametrize("num_kv_heads", [4, 2])
+def test_biases_are_clipped_with_their_projections(num_kv_heads):
+    of, rows = settings(num_kv_heads), batch()
+    of = dataclasses.replace(of, model=dataclasses.replace(of.model, qkv_bias=True))
+    params = training.init_state(of).params
+    attention, keys = params.layers[0][0].attention, jax.random.split(jax.random.key(1))
+    for name, key in zip(("query_bias", "key_bias"), keys, strict=True):
+        bias = getattr(attention, name)
+        setattr(attention, name, bias.replace(jax.random.normal(key, bias.shape)))
+    ((highest,),) = before = measured(params, rows, of)
+    threshold = float(np.sort(highest[0])[1:3].mean())
+    ((after,),) = measured(qk_clip(params, before, threshold), rows, of)
+    np.testing.assert_allclose(after, np.minimum(highest, threshold), rtol=1e-5)
+
+
 @pytest.fixture(scope="module")
 def one_device():
     return stepped(settings(2, TWO))
