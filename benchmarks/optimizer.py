@@ -25,10 +25,11 @@ from benchmarks.train_step import BATCH, LENGTH, OURS, our_step, settings
 from jmoe import config, optim, training
 from jmoe.allocator import keep_freed_memory
 from jmoe.optim.muon import scale_by_muon
-from jmoe.optim.roles import by_path, dimension_numbers, is_matrix
+from jmoe.optim.roles import by_path, is_matrix, sides
 from jmoe.sharding import is_variable, logical_axes
 
 Dtype = Literal["float32", "bfloat16"]
+DTYPES: tuple[Dtype, ...] = ("float32", "bfloat16")
 OPTIMISERS: dict[str, config.Optimiser] = {"AdamW": config.AdamW(), "Muon": config.Muon()}
 
 
@@ -57,10 +58,10 @@ def matrices() -> dict[str, Any]:
     return {path: v for path, v in params.items() if is_matrix(config.Muon(), logical_axes(v))}
 
 
-def products(dtype: Dtype, parameter: Any) -> jax.Array:
+def products(dtype: str, parameter: Any) -> jax.Array:
     """Those of the iteration on a parameter's matrices, one matrix after another, each of what the one before gave."""
-    numbers = dimension_numbers(logical_axes(parameter), "together")
-    small, large = sorted(math.prod(parameter.shape[place] for place in places) for places in numbers)
+    places = sides(logical_axes(parameter), "together")
+    small, large = sorted(math.prod(parameter.shape[place] for place in side) for side in places)
 
     def product(a, b):
         return jnp.matmul(a, b, preferred_element_type=jnp.float32).astype(dtype)
@@ -77,7 +78,7 @@ def own_time(rounds: int) -> list[Figure]:
     """Muon's direction for its matrices, over its products."""
     params = matrices()
     programs: dict[str, Callable[[], Any]] = {}
-    for dtype in ("float32", "bfloat16"):
+    for dtype in DTYPES:
         rule = scale_by_muon(config.Muon(iteration_dtype=dtype))
         state, update = rule.init(params), jax.jit(rule.update)
 
@@ -88,7 +89,7 @@ def own_time(rounds: int) -> list[Figure]:
         programs[f"{dtype} floor"] = partial(jax.jit(floor), params)
     times = measure(programs, rounds)
     figures = []
-    for dtype in ("float32", "bfloat16"):
+    for dtype in DTYPES:
         figures.append(Figure(f"Muon's own time, iterating in {dtype}", median(times, dtype), "s"))
         over = ratio(times, dtype, f"{dtype} floor")
         figures.append(Figure(f"Muon's own time / its products, in {dtype}", over, "x", "at most", 1.3))
@@ -104,7 +105,7 @@ def state_bytes(rule: config.Optimiser) -> int:
 def main() -> None:
     """Measures and prints."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--only", choices=("float32", "bfloat16"), help="arithmetic of the model")
+    parser.add_argument("--only", choices=DTYPES, help="arithmetic of the model")
     parser.add_argument("--tokens", type=int, nargs="*", default=[4096, 8192, 16384, 32768], help="of a step")
     parser.add_argument("--steps-only", action="store_true", help="leave Muon's own time out")
     parser.add_argument("--rounds", type=int, default=3)
@@ -115,7 +116,7 @@ def main() -> None:
     figures = [Figure("Muon's state / AdamW's, for the matrices", over, "x", "at most", 0.55)]
     if not args.steps_only:
         figures += own_time(args.rounds)
-    for dtype in ("float32", "bfloat16"):
+    for dtype in DTYPES:
         if args.only in (None, dtype):
             for tokens in args.tokens:
                 figures += steps(dtype, tokens, args.rounds)

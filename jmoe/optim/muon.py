@@ -8,11 +8,10 @@ import jax
 import jax.numpy as jnp
 import optax
 from flax import nnx
-from optax.contrib import MuonDimensionNumbers
 
 from jmoe import config
 from jmoe.optim.newton_schulz import coefficients, orthogonalise_each
-from jmoe.optim.roles import by_path, dimension_numbers, is_matrix, update_scale
+from jmoe.optim.roles import Sides, by_path, is_matrix, sides, update_scale
 from jmoe.optim.spread import Stack, each_matrix
 from jmoe.sharding import is_variable, logical_axes
 
@@ -51,35 +50,36 @@ def scale_by_muon(optim: config.Muon) -> optax.GradientTransformation:
         outputs = {path: _per_output(variable, optim) for path, variable in normalised.items()}
         return MuonState(momentum.init(matrices), outputs, adam.init(rest))
 
-    def update(grads: Any, state: MuonState, params: Any = None) -> tuple[Any, MuonState]:
-        matrices, rest = split(grads)
-        matrices, new_momentum = momentum.update(matrices, optax.tree.cast(state.momentum, jnp.float32))
-        rest, new_rest = adam.update(rest, state.rest)
-        directions, outputs = orthogonalised(optim, matrices), state.outputs
+    def update(updates: Any, state: Any, params: Any = None, **_: Any) -> tuple[Any, MuonState]:
+        matrices, rest = split(updates)
+        moved: Any  # optax's types know only dicts, lists and arrays
+        moved, new_momentum = momentum.update(matrices, optax.tree.cast(state.momentum, jnp.float32))
+        directions, outputs = orthogonalised(optim, moved), state.outputs
         if isinstance(optim, config.NorMuon):
             directions, outputs = normalised(optim, directions, outputs)
-        directions |= rest
-        structure = jax.tree.structure(grads, is_leaf=is_variable)
-        new = jax.tree.unflatten(structure, [directions[path] for path in by_path(grads)])
+        moved, new_rest = adam.update(rest, state.rest)
+        directions |= moved
+        structure = jax.tree.structure(updates, is_leaf=is_variable)
+        new = jax.tree.unflatten(structure, [directions[path] for path in by_path(updates)])
         return new, MuonState(new_momentum, outputs, new_rest)
 
     return optax.GradientTransformation(init, update)
 
 
-def numbers_of(variable: nnx.Variable, optim: config.Muon) -> MuonDimensionNumbers:
+def sides_of(variable: nnx.Variable, optim: config.Muon) -> Sides:
     """Which dimensions of a parameter are rows and which columns."""
-    return dimension_numbers(logical_axes(variable), optim.heads)
+    return sides(logical_axes(variable), optim.heads)
 
 
 def orthogonalised(optim: config.Muon, matrices: dict[str, Any]) -> dict[str, Any]:
     """rms · √max(A, B) · orthogonalise(X) for each A × B matrix X of the variables, float32, sharded as they are."""
-    stacks = {path: Stack(logical_axes(v), numbers_of(v, optim)) for path, v in matrices.items()}
+    stacks = {path: Stack(logical_axes(v), sides_of(v, optim)) for path, v in matrices.items()}
     work = partial(orthogonalise_each, triples=coefficients(optim))
     # Rounded first, since it goes to other devices.
     rounded = {path: variable[...].astype(optim.iteration_dtype) for path, variable in matrices.items()}
     done = {}
     for path, x in each_matrix(work, rounded, stacks).items():
-        rows, columns = (math.prod(x.shape[place] for place in places) for places in stacks[path].numbers)
+        rows, columns = (math.prod(x.shape[place] for place in places) for places in stacks[path].sides)
         done[path] = matrices[path].replace(update_scale(optim, rows, columns) * x.astype(jnp.float32))
     return done
 
@@ -90,9 +90,7 @@ def normalised(
     """NorMuon's directions from Muon's, and the new mean squares."""
     new_directions, new_outputs = {}, {}
     for path, variable in directions.items():
-        numbers, x = numbers_of(variable, optim), variable[...]
-        rows, columns = (tuple(places) for places in numbers)
-        old = outputs[path][...]
+        (rows, columns), x, old = sides_of(variable, optim), variable[...], outputs[path][...]
         square = optim.output_decay * old + (1 - optim.output_decay) * jnp.mean(x * x, rows)
         x = x / (jnp.sqrt(jnp.expand_dims(square, rows)) + EPS)
         x = optim.rms * x / (jnp.sqrt(jnp.mean(x * x, (*rows, *columns), keepdims=True)) + EPS)
@@ -102,7 +100,7 @@ def normalised(
 
 def _per_output(variable: nnx.Variable, optim: config.Muon) -> nnx.Variable:
     """Zeros, one for each column of each matrix of a parameter, sharded as it is; float32."""
-    axes, rows = logical_axes(variable), numbers_of(variable, optim).reduction_axis
-    kept = [place for place in range(len(axes)) if place not in tuple(rows)]
+    axes, rows = logical_axes(variable), sides_of(variable, optim).rows
+    kept = [place for place in range(len(axes)) if place not in rows]
     zeros = jnp.zeros([variable.shape[place] for place in kept])
     return type(variable)(zeros, logical_axes=tuple(axes[place] for place in kept))

@@ -2,10 +2,9 @@
 
 import math
 from collections.abc import Iterator, Mapping
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import jax
-from optax.contrib import MuonDimensionNumbers
 
 from jmoe import config
 from jmoe.sharding import is_variable, logical_axes
@@ -42,13 +41,20 @@ def factor(by_role: config.ByRole, axes: tuple[str, ...]) -> float:
     return getattr(by_role, role(axes), 0.0)
 
 
-def dimension_numbers(axes: tuple[str, ...], heads: Literal["together", "apart"]) -> MuonDimensionNumbers:
+class Sides(NamedTuple):
     """Which dimensions of a parameter are the rows of its matrices and which the columns; along the others they are
     stacked. Weights stand on the right, x · W: rows are summed over, each column is an output."""
+
+    rows: tuple[int, ...]
+    columns: tuple[int, ...]
+
+
+def sides(axes: tuple[str, ...], heads: Literal["together", "apart"]) -> Sides:
+    """The sides of the matrices of a parameter with these logical axes, one of which is `embed`."""
     batch = (*STACKED, "heads", "kv_heads") if heads == "apart" else STACKED
     own = tuple(place for place, axis in enumerate(axes) if axis not in batch)
     rows = 1 if axes[own[0]] == "embed" else len(own) - 1
-    return MuonDimensionNumbers(own[:rows], own[rows:])
+    return Sides(own[:rows], own[rows:])
 
 
 def by_path(tree: Any) -> dict[str, Any]:
@@ -81,8 +87,7 @@ def _rows(optim: config.Optimiser, params: Mapping[str, Any]) -> Iterator[tuple[
             continue
         rule, matrices, scale = "AdamW", "-", "1"
         if isinstance(optim, config.Muon) and is_matrix(optim, axes):
-            numbers = dimension_numbers(axes, optim.heads)
-            rows, columns = (math.prod(shape[place] for place in places) for places in numbers)
+            rows, columns = (math.prod(shape[place] for place in places) for places in sides(axes, optim.heads))
             rule, matrices = type(optim).__name__, f"{math.prod(shape) // (rows * columns)} x ({rows}, {columns})"
             scale = f"{update_scale(optim, rows, columns):.4g}"
             if isinstance(optim, config.NorMuon):

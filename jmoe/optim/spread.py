@@ -17,8 +17,8 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Float
-from optax.contrib import MuonDimensionNumbers
 
+from jmoe.optim.roles import Sides
 from jmoe.sharding import spec, undivided
 
 Work = Callable[[Float[Array, "M A B"]], Float[Array, "M A B"]]
@@ -28,7 +28,7 @@ class Stack(NamedTuple):
     """An array of matrices: its logical axes, and which of its dimensions are rows and which are columns."""
 
     axes: tuple[str, ...]
-    numbers: MuonDimensionNumbers
+    sides: Sides
 
 
 def each_matrix(work: Work, arrays: Mapping[str, Array], stacks: Mapping[str, Stack]) -> dict[str, Array]:
@@ -40,16 +40,16 @@ def each_matrix(work: Work, arrays: Mapping[str, Array], stacks: Mapping[str, St
       stacks: of each array.
     """
     if undivided():
-        return {name: as_matrices(array, stacks[name].numbers, work) for name, array in arrays.items()}
+        return {name: as_matrices(array, stacks[name].sides, work) for name, array in arrays.items()}
     specs = {name: spec(*stacks[name].axes) for name in arrays}
     # Unchecked, since an array gathered along an axis is not known to be the same along it.
     spread = jax.shard_map(partial(_spread, work, stacks), in_specs=(specs,), out_specs=specs, check_vma=False)
     return spread(dict(arrays))
 
 
-def as_matrices(x: Array, numbers: MuonDimensionNumbers, work: Work) -> Array:
+def as_matrices(x: Array, sides: Sides, work: Work) -> Array:
     """`work` on an array as matrices [M, A, B]; its result back in the shape of the array."""
-    rows, columns = (tuple(places) for places in numbers)
+    rows, columns = sides
     batch = tuple(place for place in range(x.ndim) if place not in (*rows, *columns))
     order = (*batch, *rows, *columns)
     sizes = [math.prod(x.shape[place] for place in places) for places in (batch, rows, columns)]
@@ -76,8 +76,8 @@ def cut(stack: Stack) -> Cut:
     by_dimension = [tuple(axis for axis in entry if axis and shape[axis] > 1) for entry in entries]
     taken = {axis for axes in by_dimension for axis in axes}
     # Of the dimensions that together are rows, or columns, only the first may be cut: what a device has is contiguous.
-    assert not any(by_dimension[place] for places in stack.numbers for place in places[1:]), stack
-    rows, columns = (by_dimension[places[0]] for places in stack.numbers)
+    assert not any(by_dimension[place] for places in stack.sides for place in places[1:]), stack
+    rows, columns = (by_dimension[places[0]] for places in stack.sides)
     return Cut(rows, columns, tuple(axis for axis in shape if shape[axis] > 1 and axis not in taken))
 
 
@@ -86,7 +86,7 @@ def _spread(work: Work, stacks: Mapping[str, Stack], parts: dict[str, Array]) ->
     together with those of other arrays, so that more devices have work."""
     matrices, groups = {}, defaultdict(list)
     for name, part in parts.items():
-        as_matrices(part, stacks[name].numbers, lambda x, name=name: matrices.setdefault(name, x))
+        as_matrices(part, stacks[name].sides, lambda x, name=name: matrices.setdefault(name, x))
         (number, *shape), way = matrices[name].shape, cut(stacks[name])
         groups[way, *shape, name if number % math.prod(way.sizes()) == 0 else ""].append(name)
     done = {}
@@ -95,7 +95,7 @@ def _spread(work: Work, stacks: Mapping[str, Stack], parts: dict[str, Array]) ->
         result, start = _share(work, way, stacked), 0
         for name in names:
             own, start = result[start : start + len(matrices[name])], start + len(matrices[name])
-            done[name] = as_matrices(parts[name], stacks[name].numbers, lambda x, own=own: own)
+            done[name] = as_matrices(parts[name], stacks[name].sides, lambda x, own=own: own)
     return done
 
 

@@ -13,7 +13,7 @@ from jmoe import config, hlo, optim, sharding, training
 from jmoe.checkpoint import Checkpoints
 from jmoe.model.layers import parameter
 from jmoe.optim.newton_schulz import POLAR_EXPRESS, STANDARD, coefficients, orthogonalise
-from jmoe.optim.roles import by_path, dimension_numbers, update_scale
+from jmoe.optim.roles import by_path, sides, update_scale
 from jmoe.optim.spread import as_matrices
 
 L, D, N, G, H = 2, 32, 8, 4, 8
@@ -183,9 +183,7 @@ def test_heads_apart_are_matrices_of_their_own():
         (("layers", "expert", "expert_mlp", "embed"), (L, 3, 5, D), (L * 3, 5, D)),
     ):
         x, seen = np.random.default_rng(0).normal(size=shape), []
-        back = as_matrices(
-            jnp.asarray(x), dimension_numbers(axes, "apart"), lambda x, seen=seen: seen.append(x) or 2 * x
-        )
+        back = as_matrices(jnp.asarray(x), sides(axes, "apart"), lambda x, seen=seen: seen.append(x) or 2 * x)
         assert seen[0].shape == expected
         np.testing.assert_allclose(back, 2 * x, rtol=1e-6)
         head = x[1, :, 2] if axes[1] == "embed" else x[1, 2]
