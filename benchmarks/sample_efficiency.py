@@ -10,7 +10,8 @@ sides; then runs of the other seeds at that rate. Of a seed, initial weights and
 The losses of a run by the logarithm of its tokens, piecewise linear, tell the tokens to a given loss; that of the
 optimiser which ends higher is taken, so that nothing is extrapolated. Each seed gives a ratio of tokens. Means are of
 their logarithms, and intervals Student's t of 95 %: of a size over its seeds, of all sizes with the spread within the
-sizes pooled. FLOPs are those of the model's matrix products and of Muon's iteration.
+sizes pooled. FLOPs are those of the model's matrix products and of Muon's iteration, which at
+batches of 2048 tokens is up to half as many again; the ratio of tokens is that of the model's alone.
 
 Every finished run is a line of `runs.jsonl` in the folder of results, and is not run again, so that the command goes
 on where it was stopped; about two hours on two cores in all. The summary and the picture are drawn from that file.
