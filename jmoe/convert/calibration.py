@@ -28,7 +28,7 @@ class Observed(NamedTuple):
 
     tokens: Array
     """float32 scalar: tokens"""
-    count: Array
+    assignments: Array
     """float32 [E]: tokens that went to each expert"""
     weight: Array
     """float32 [E]: combine weights"""
@@ -46,7 +46,7 @@ def observe(params: Transformer, model: config.Model, batches: Iterable[Batch]) 
             if isinstance(visit.layer.feed_forward, MoE):
                 sums = _observe(visit.layer.feed_forward, visit.inputs, batch.segment_ids > 0)
                 sums = jax.tree.map(lambda x: np.asarray(x, np.float64), sums)
-                found[visit.index] = jax.tree.map(np.add, found[visit.index], sums) if visit.index in found else sums
+                found[visit.number] = jax.tree.map(np.add, found[visit.number], sums) if visit.number in found else sums
     return found
 
 
@@ -64,7 +64,7 @@ def _observe(moe: MoE, inputs: Float[Array, "B S D"], valid: Bool[Array, "B S"])
     logits = (tokens @ moe.router.weight[...][:, :E]) * valid.reshape(-1, 1)
     return Observed(
         tokens=valid.sum(dtype=jnp.float32),
-        count=chosen.sum((0, 1), dtype=jnp.float32),
+        assignments=chosen.sum((0, 1), dtype=jnp.float32),
         weight=jnp.sum(chosen * weights[..., None], (0, 1)),
         saliency=jnp.sum(chosen * (shares * norms)[..., None], (0, 1)),
         logits=logits.T @ logits,

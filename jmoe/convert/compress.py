@@ -217,7 +217,7 @@ def smaller(moe: config.MoE, kept: Sequence[int]) -> config.MoE:
 def stand_in(moe: config.MoE, observed: Observed) -> tuple[list[int], float]:
     """The experts a dense layer is made of, as many as a token goes to and those that contribute most, and the weight
     of each: together they weigh what a token's experts do."""
-    count = max(1, round(float(observed.count.sum() / observed.tokens)))
+    count = max(1, round(float(observed.assignments.sum() / observed.tokens)))
     return best(np.asarray(observed.saliency), count), float(observed.weight.sum() / observed.tokens) / count
 
 

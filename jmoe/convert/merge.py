@@ -87,11 +87,12 @@ def merged(
     layer: int, moe: config.MoE, observed: Observed, dominant: Sequence[int], read: ReadLayer, align: bool
 ) -> list[Group]:
     """The groups of a layer: each dominant expert with those that join it."""
-    count, groups = np.asarray(observed.count), []
+    count, groups = np.asarray(observed.assignments), []
     read = lru_cache(maxsize=3 * len(set(moe.expert_widths)))(read)  # the layer's matrices
 
     def matrices(e):
-        return tuple(expert(read, layer, moe, e, matrix) for matrix in ("gate", "up", "down"))
+        gate, up, down = (expert(read, layer, moe, e, matrix) for matrix in ("gate", "up", "down"))
+        return gate, up, down
 
     order: Callable[[int, int], np.ndarray | None]
     order = (lambda d, e: unit_order(matrices(d), matrices(e))) if align else (lambda d, e: None)
@@ -109,7 +110,7 @@ def main(argv: list[str]) -> None:
     check_new(Path(out))
     calibrated = calibrate(run_dir, options.step, options.calibrate, options.tokens)
     counts = parse_counts(options.layers, list(calibrated.moes))
-    scores = {layer: np.asarray(observed.count) for layer, observed in calibrated.observed.items()}
+    scores = {layer: np.asarray(observed.assignments) for layer, observed in calibrated.observed.items()}
     dominant = choose(calibrated.moes, scores, options.keep, options.by, counts)
     read = by_layer(calibrated.run.settings.model, calibrated.run.read)
     groups = {

@@ -46,7 +46,7 @@ class Options:
 def score(observed: Observed, method: Literal["reap", "frequency"]) -> Float[np.ndarray, " E"]:
     """What each expert matters. REAP: S_j = mean of g_j(x) ‖f_j(x)‖₂ over the tokens x routed to j, where the combine
     weights g sum to 1 over a token's experts (arXiv 2510.13999); 0 for an expert without tokens."""
-    count = np.asarray(observed.count)
+    count = np.asarray(observed.assignments)
     return count if method == "frequency" else np.asarray(observed.saliency) / np.maximum(count, 1.0)
 
 

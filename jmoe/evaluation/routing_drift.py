@@ -32,7 +32,7 @@ def chosen_experts(params: Transformer, model: config.Model, batches: Sequence[B
         for visit in walk(params, model, batch):
             if isinstance(visit.layer.feed_forward, MoE):
                 chosen = _chosen(visit.layer.feed_forward.router, visit.inputs)
-                found.setdefault(visit.index, []).append(np.asarray(chosen)[valid])
+                found.setdefault(visit.number, []).append(np.asarray(chosen)[valid])
     return {layer: np.concatenate(parts) for layer, parts in found.items()}
 
 

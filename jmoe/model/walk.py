@@ -17,7 +17,8 @@ from jmoe.model.transformer import Layer, Transformer
 class Visit(NamedTuple):
     """One layer of a forward pass."""
 
-    index: int
+    number: int
+    """of the layer, from 0"""
     settings: config.FeedForward
     layer: Layer
     """with parameters of its own, not stacked"""

@@ -82,17 +82,17 @@ def test_what_is_observed_is_the_sum_over_tokens(observed):
     for visit in list(walk(parameters(), MODEL, batch()))[1:]:
         layer, E = visit.layer.feed_forward, 6
         routing = layer.router(visit.inputs, jnp.asarray(batch().segment_ids > 0))
-        x, sums = visit.inputs.reshape(24, 16), {name: np.zeros(E) for name in ("count", "weight", "saliency")}
+        x, sums = visit.inputs.reshape(24, 16), {name: np.zeros(E) for name in ("assignments", "weight", "saliency")}
         for t in range(24):
             ids, weights = np.asarray(routing.expert_ids[t]), np.asarray(routing.combine_weights[t], np.float64)
             for e, weight in zip(ids, weights, strict=True):
                 if e < E:
                     gate, up, down = experts_of(layer)[e]
                     out = (jax.nn.silu(x[t] @ gate) * (x[t] @ up)) @ down
-                    sums["count"][e] += 1
+                    sums["assignments"][e] += 1
                     sums["weight"][e] += weight
                     sums["saliency"][e] += weight / weights.sum() * float(jnp.linalg.norm(out))
-        found = observed[visit.index]
+        found = observed[visit.number]
         assert float(found.tokens) == 36  # of two batches, without padding
         for name, expected in sums.items():
             np.testing.assert_allclose(getattr(found, name), 2 * expected, rtol=1e-4, atol=1e-5)
@@ -141,7 +141,7 @@ def test_settings_follow_the_experts():
 
 def test_experts_that_no_token_goes_to_can_go(observed):
     """Top-k renormalises over what is chosen, so that nothing changes without them."""
-    used = np.flatnonzero(observed[1].count).tolist()
+    used = np.flatnonzero(observed[1].assignments).tolist()
     assert 2 <= len(used) < 6, "the test needs an expert without tokens"
     groups = {1: [alone(e) for e in used], 2: [alone(e) for e in range(6)]}
     fewer, params = made_of(groups, observed)
@@ -154,7 +154,7 @@ def test_experts_that_no_token_goes_to_can_go(observed):
 def test_a_layer_without_experts_is_dense(observed):
     fewer, params = made_of({1: [alone(e) for e in range(6)], 2: []}, observed)
     experts, share = fewer.into_dense[2]
-    count = round(float(observed[2].count.sum() / observed[2].tokens))
+    count = round(float(observed[2].assignments.sum() / observed[2].tokens))
     assert feed_forwards(fewer.model)[2] == Dense(8 * count + 4) and len(experts) == count
     assert set(experts) == set(np.argsort(-observed[2].saliency)[:count].tolist())
     old, new = list(walk(parameters(), MODEL, batch()))[2], list(walk(params, fewer.model, batch()))[2]

@@ -23,7 +23,7 @@ def test_it_ends_where_the_model_ends():
     positions = np.where(np.arange(9) < 5, np.arange(9), np.arange(9) - 5).astype(np.int32)[None].repeat(2, 0)
     batch = Batch(tokens, tokens, segments, positions, segments > 0)
     visits = list(walk(params, MODEL, batch))
-    assert [(visit.index, visit.settings) for visit in visits] == list(enumerate(2 * LAYERS[0].pattern))
+    assert [(visit.number, visit.settings) for visit in visits] == list(enumerate(2 * LAYERS[0].pattern))
     place = Place(*(jnp.asarray(x) for x in (segments, positions, segments, positions)))
     hidden, _, _ = params(jnp.asarray(tokens), place)
     np.testing.assert_allclose(params.final_norm(visits[-1].residual), hidden, rtol=1e-5, atol=1e-5)
