@@ -127,7 +127,7 @@ def test_choice_by_layer_and_by_one_threshold():
             parse_counts(text, [0, 3])
     with pytest.raises(InputError, match="layer 0 has 4 experts; it cannot keep 5"):
         choose(moes, scores, 5.0, "layer", {})
-    with pytest.raises(InputError, match="2 groups of experts; 3 cannot be so divided"):
+    with pytest.raises(InputError, match="2 groups of experts; 3 cannot be shared out"):
         choose(grouped, {0: np.ones(4)}, 3.0, "layer", {})
 
 
@@ -212,6 +212,7 @@ def run_dir(tmp_path_factory):
     return run.path
 
 
+@pytest.mark.slow
 def test_the_commands_make_runs(run_dir, tmp_path, capsys):
     prune.main([str(run_dir), str(tmp_path / "pruned"), "--layers", "2=0", "--tokens", "64"])
     told = capsys.readouterr().out
