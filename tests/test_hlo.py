@@ -60,6 +60,7 @@ def test_a_loop_counts_as_often_as_it_runs():
     work = hlo.work(PROGRAM, {"silent": lambda name, operands: 10.0 * operands[0].dims[1]})
     assert work.products == 5 * 2 * 32 * 64 * 16
     assert work.kernels == {"gmm": 5 * 1000, "silent": 5 * 640}
+    assert work.claims == {"gmm": 5 * 1000}
     assert work.cycles == 5 * 100  # that of the fusion stands for what is in it
     assert work.unknown_loops == 0 and not work.unknown_kernels
 
