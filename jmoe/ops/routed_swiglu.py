@@ -316,7 +316,8 @@ def _grouped_forward(tokens, combine_weights, plan, buckets):
     token, weight = _sorted_rows(combine_weights, plan)
     gate, up = _hidden(plan.group_sizes, tokens[token], buckets)
     rows = _outputs(plan.group_sizes, gate, up, weight, buckets)
-    return sum_slots(rows, plan.inverse, plan.used), *_with_a_block((gate, up), plan, buckets)
+    gate, up = _with_a_block((gate, up), plan, buckets)
+    return sum_slots(rows, plan.inverse, plan.used), gate, up
 
 
 def _grouped_backward(tokens, combine_weights, plan, buckets, gate, up, d_out):
