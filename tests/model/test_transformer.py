@@ -106,7 +106,7 @@ def test_scanned_layers_are_the_layers_one_after_another(model):
     for pattern, group in zip(model.layers, MODEL.layers, strict=True):
         for repeat in range(group.repeats):
             for layer in pattern:
-                x, _, _ = jax.tree.map(lambda w, r=repeat: w[r], layer)(x, place, None, config.Automatic())
+                x, *_ = jax.tree.map(lambda w, r=repeat: w[r], layer)(x, place, None, config.Automatic())
     np.testing.assert_allclose(model.logits(model.final_norm(x)), logits(model, tokens, place), rtol=1e-4, atol=1e-5)
 
 
