@@ -263,6 +263,12 @@ def log_ratio(of: Run, against: Run) -> float:
     return math.log(tokens_to(loss, of) / tokens_to(loss, against))
 
 
+def is_bound(of: Run, against: Run) -> bool:
+    """Whether the better of the two reaches the loss of the other before its first decay ends: their ratio is further
+    from 1 than `log_ratio` says, and its spread is not known."""
+    return max(of.losses[-1], against.losses[-1]) > min(of.losses[0], against.losses[0])
+
+
 def interval(groups: Sequence[Sequence[float]]) -> tuple[float, float, float]:
     """exp of the mean of the groups' means, and of the bounds of its 95 % interval, by the pooled spread within the
     groups and Student's t."""
@@ -291,7 +297,8 @@ def summary(pairs: Pairs) -> list[Figure]:
                 for size in chosen
             ]
             mean, low, high = interval(groups)
-            figures.append(Figure(f"{name}: {what} to equal loss [{low:.3f}, {high:.3f}]", mean))
+            bound = ", at most" if any(is_bound(*pair) for size in chosen for pair in size) else ""
+            figures.append(Figure(f"{name}: {what} to equal loss{bound} [{low:.3f}, {high:.3f}]", mean))
             if name == "all sizes" and what == "flops":
                 figures.append(Figure("all sizes: upper bound of the FLOP ratio", high, "x", "at most", GOAL))
     return figures

@@ -16,7 +16,14 @@ TOKENS = (1000, 2000, 4000)
 def run(optimiser="AdamW", seed=0, efficiency=1.0, noise=0.0, **changes):
     """Of loss 10 − log(efficiency · tokens)."""
     losses = tuple(10 + noise - math.log(efficiency * tokens) for tokens in TOKENS)
-    given = {"learning_rate": 1e-3, "settings": "hash", "tokens": TOKENS, "losses": losses} | changes
+    given = {
+        "flops_per_token": 1.0,
+        "seconds_per_token": 1.0,
+        "learning_rate": 1e-3,
+        "settings": "hash",
+        "tokens": TOKENS,
+        "losses": losses,
+    } | changes
     return Run(size="small", optimiser=optimiser, seed=seed, **given)
 
 
@@ -29,6 +36,14 @@ def test_tokens_to_a_loss_are_read_between_the_ends_of_decays():
 def test_a_ratio_is_that_of_the_efficiencies(efficiency):
     """Whichever of the two is the better one: nothing is extrapolated."""
     assert math.exp(log_ratio(run("Muon", efficiency=efficiency), run())) == pytest.approx(1 / efficiency)
+
+
+def test_what_lies_before_the_first_decay_is_told_to_be_a_bound():
+    assert not module.is_bound(run("Muon", efficiency=3.9), run())
+    muon = [run("Muon", seed, efficiency=5.0) for seed in range(2)]
+    assert module.is_bound(muon[0], run()) and module.is_bound(run(), muon[0])
+    figure, *_ = summary({"small": [(own, run(seed=own.seed)) for own in muon]})
+    assert figure.name.startswith("small: tokens to equal loss, at most [") and figure.value == pytest.approx(0.25)
 
 
 def test_an_interval_is_students():
