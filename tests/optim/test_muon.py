@@ -212,8 +212,16 @@ def test_normuon_follows_its_paper():
 # --------------------------------------------------------------------------------------------------------------- meshes
 
 
-def test_a_mesh_changes_no_direction(devices):
-    got, want = run(MUON, MANY), run(MUON)
+APART = config.NorMuon(clip_norm=1e9, heads="apart", iteration_dtype="float32")
+
+
+@pytest.mark.parametrize(
+    "settings, mesh",
+    [(MUON, MANY), pytest.param(APART, config.Mesh(data=4, expert=2), marks=pytest.mark.slow)],
+    ids=["Muon", "NorMuon"],
+)
+def test_a_mesh_changes_no_direction(devices, settings, mesh):
+    got, want = run(settings, mesh), run(settings)
     for (path, here), there in zip(jax.tree_util.tree_leaves_with_path(got), jax.tree.leaves(want), strict=True):
         np.testing.assert_allclose(here, there, atol=2e-5, err_msg=jax.tree_util.keystr(path))
     for path, momentum in by_path(got[1]).items():
