@@ -69,8 +69,9 @@ def main(argv: list[str]) -> int:
     prepared = prepare(data, run.tokenizer, "validation")
     if options.data is None:
         found = source_fingerprints("validation", (source.fingerprint for source in prepared))
+        known = {name: own for name, own in found.items() if name in run.fingerprints}  # a converted run has none
         try:
-            check_fingerprints(run.fingerprints, run.fingerprints | found)
+            check_fingerprints(run.fingerprints, run.fingerprints | known)
         except InputError as error:
             log.warning("%s", error)
     mesh = sharding.make_mesh(config.Mesh())
