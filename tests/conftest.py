@@ -104,13 +104,13 @@ class Scripts:
 
     root = Path(__file__).parents[1]
 
-    def __init__(self, folder: Path, cache: Path):
+    def __init__(self, folder: Path, cache: Path, programs: Path):
         self.text, self.recipe = folder / "text", folder / "tiny.py"
         self.recipe.write_text(RECIPE.format(glob=str(self.text / "*.txt")))
         self.environment = {
             **{name: value for name, value in os.environ.items() if name != "XLA_FLAGS"},
             "JMOE_CACHE": str(cache),
-            "JAX_COMPILATION_CACHE_DIR": str(cache / "jax"),
+            "JAX_COMPILATION_CACHE_DIR": str(programs),
             "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
         }
         self.text.mkdir()
@@ -143,7 +143,9 @@ class Scripts:
 
 @pytest.fixture(scope="session")
 def scripts(tmp_path_factory: pytest.TempPathFactory, cache: Path) -> Scripts:
-    return Scripts(tmp_path_factory.mktemp("scripts"), cache)
+    base = tmp_path_factory.getbasetemp()
+    shared = base.parent if "PYTEST_XDIST_WORKER" in os.environ else base  # by the processes of this session
+    return Scripts(tmp_path_factory.mktemp("scripts"), cache, shared / "jax")
 
 
 @pytest.fixture(scope="session")
