@@ -4,8 +4,9 @@ import dataclasses
 import math
 import re
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 from jaxtyping import Float
@@ -22,6 +23,33 @@ from jmoe.run_directory import write_json
 from jmoe.telemetry import describe_model
 
 PLACES = {"RUN": "a run with experts", "OUT": "the run directory to make"}
+
+
+@dataclass(frozen=True)
+class Options:
+    """Flags of `prune` and of `merge`."""
+
+    keep: float = 0.5
+    """experts left of a layer, or a fraction below 1 of them [count or fraction]"""
+    by: Literal["layer", "global"] = "layer"
+    """as many in each layer, or as many in all by one threshold on the score over its layer's mean [name]"""
+    layers: str = ""
+    """other numbers for single layers, such as 0=0,2-5=8; a layer of 0 becomes dense [list]"""
+    calibrate: str | None = None
+    """text to calibrate and measure on, a pattern of files as eval.py has it; the run's own held-out text if None
+    [path]"""
+    tokens: int = 32768
+    """about so many to calibrate on, and as many to measure on [tokens]"""
+    step: int | None = None
+    """the checkpoint; the newest good one if None [steps]"""
+
+    def __post_init__(self):
+        require(
+            0 < self.keep < 1 or self.keep == int(self.keep) >= 1,
+            f"keep is {self.keep}; it must be a number of experts, or a fraction between 0 and 1",
+        )
+        require(self.tokens >= 1, f"tokens is {self.tokens}; it must be at least 1")
+
 
 # -------------------------------------------------------------------------------------------------------------- choice
 

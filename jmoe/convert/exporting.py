@@ -15,10 +15,11 @@ from jmoe import config, recipe
 from jmoe.config import InputError, require
 from jmoe.convert.families import Family, family_of
 from jmoe.convert.folder import check_new, new_folder
-from jmoe.convert.huggingface.common import NotRepresented, feed_forwards
+from jmoe.convert.huggingface.common import NotRepresented
 from jmoe.convert.mapping import Piece, pieces
 from jmoe.convert.runs import Run
 from jmoe.convert.shards import Planned, Writer
+from jmoe.flops import feed_forwards
 
 DTYPES = {"float32": np.dtype(np.float32), "bf16": np.dtype(ml_dtypes.bfloat16)}
 _UNITS = {"KB": 10**3, "MB": 10**6, "GB": 10**9, "": 1}

@@ -16,7 +16,7 @@ from jaxtyping import Float, Int
 from scipy.optimize import linear_sum_assignment  # JAX needs scipy anyway
 
 from jmoe import config, recipe
-from jmoe.config import require
+from jmoe.convert import compress
 from jmoe.convert.calibration import Observed, calibrate
 from jmoe.convert.compress import PLACES, Group, choose, expert, parse_counts, write
 from jmoe.convert.folder import check_new
@@ -24,33 +24,13 @@ from jmoe.convert.layers import ReadLayer, by_layer
 
 
 @dataclass(frozen=True)
-class Options:
+class Options(compress.Options):
     """Flags of the command."""
 
     method: Literal["m-smoe"] = "m-smoe"
     """how [name]"""
-    keep: float = 0.5
-    """experts left of a layer, or a fraction below 1 of them [count or fraction]"""
-    by: Literal["layer", "global"] = "layer"
-    """as many in each layer, or as many in all: those with most tokens over the mean of their layer [name]"""
-    layers: str = ""
-    """other numbers for single layers, such as 0=0,2-5=8; a layer of 0 becomes dense [list]"""
     align: bool = True
     """the hidden units are put in order before a mean is taken [switch]"""
-    calibrate: str | None = None
-    """text to calibrate and measure on, a pattern of files as eval.py has it; the run's own held-out text if None
-    [path]"""
-    tokens: int = 32768
-    """about so many to calibrate on, and as many to measure on [tokens]"""
-    step: int | None = None
-    """the checkpoint; the newest good one if None [steps]"""
-
-    def __post_init__(self):
-        require(
-            0 < self.keep < 1 or self.keep == int(self.keep) >= 1,
-            f"keep is {self.keep}; it must be a number of experts, or a fraction between 0 and 1",
-        )
-        require(self.tokens >= 1, f"tokens is {self.tokens}; it must be at least 1")
 
 
 def similarity(observed: Observed) -> Float[np.ndarray, "E E"]:

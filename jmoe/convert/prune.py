@@ -8,39 +8,19 @@ import numpy as np
 from jaxtyping import Float
 
 from jmoe import recipe
-from jmoe.config import require
+from jmoe.convert import compress
 from jmoe.convert.calibration import Observed, calibrate
 from jmoe.convert.compress import PLACES, alone, choose, parse_counts, write
 from jmoe.convert.folder import check_new
 
 
 @dataclass(frozen=True)
-class Options:
+class Options(compress.Options):
     """Flags of the command."""
 
     method: Literal["reap", "frequency"] = "reap"
     """what an expert matters: the mean of combine weight times norm of its output over the tokens that go to it (REAP,
     arXiv 2510.13999), or how many go [name]"""
-    keep: float = 0.5
-    """experts kept in a layer, or a fraction below 1 of them [count or fraction]"""
-    by: Literal["layer", "global"] = "layer"
-    """as many in each layer, or as many in all by one threshold on the score over its layer's mean [name]"""
-    layers: str = ""
-    """other numbers for single layers, such as 0=0,2-5=8; a layer of 0 becomes dense [list]"""
-    calibrate: str | None = None
-    """text to calibrate and measure on, a pattern of files as eval.py has it; the run's own held-out text if None
-    [path]"""
-    tokens: int = 32768
-    """about so many to calibrate on, and as many to measure on [tokens]"""
-    step: int | None = None
-    """the checkpoint; the newest good one if None [steps]"""
-
-    def __post_init__(self):
-        require(
-            0 < self.keep < 1 or self.keep == int(self.keep) >= 1,
-            f"keep is {self.keep}; it must be a number of experts, or a fraction between 0 and 1",
-        )
-        require(self.tokens >= 1, f"tokens is {self.tokens}; it must be at least 1")
 
 
 def score(observed: Observed, method: Literal["reap", "frequency"]) -> Float[np.ndarray, " E"]:

@@ -6,6 +6,7 @@ from typing import Any
 from jmoe import config
 from jmoe.config import require
 from jmoe.convert.layers import group_layers
+from jmoe.flops import feed_forwards
 
 Json = dict[str, Any]
 
@@ -107,16 +108,16 @@ def refuse_windows(json: Json, in_use: bool) -> None:
     )
 
 
-def dense_width(model: config.Model, feed_forwards: Iterable[config.FeedForward]) -> int:
+def dense_width(model: config.Model, layers: Iterable[config.FeedForward]) -> int:
     """Hidden width of the dense layers, which have to be alike; 1 if there are none."""
-    widths = {each.d_ff for each in feed_forwards if isinstance(each, config.Dense)}
+    widths = {each.d_ff for each in layers if isinstance(each, config.Dense)}
     unless(len(widths) <= 1, f"dense layers of {len(widths)} widths")
     return widths.pop() if widths else model.d_model
 
 
-def mixture(feed_forwards: Iterable[config.FeedForward]) -> tuple[config.MoE, config.TopK]:
+def mixture(layers: Iterable[config.FeedForward]) -> tuple[config.MoE, config.TopK]:
     """The settings of the MoE layers, which have to be alike, of the kind that every family has."""
-    kinds = {each for each in feed_forwards if isinstance(each, config.MoE)}
+    kinds = {each for each in layers if isinstance(each, config.MoE)}
     unless(len(kinds) > 0, "no MoE layer")
     unless(len(kinds) == 1, "MoE layers that differ")
     (moe,) = kinds
@@ -139,11 +140,6 @@ def norm_and_bias(model: config.Model, *, norm: str | None, bias: bool | None = 
     over = model.qk_norm_over if model.qk_norm else None
     unless(over == norm, f"QK-norm over each {over}" if over else "no QK-norm")
     unless(bias is None or model.qkv_bias == bias, "biases" if model.qkv_bias else "no biases")
-
-
-def feed_forwards(model: config.Model) -> list[config.FeedForward]:
-    """The feed-forward of each layer, in order."""
-    return [each for group in model.layers for _ in range(group.repeats) for each in group.pattern]
 
 
 def window_never(_: Json) -> bool:

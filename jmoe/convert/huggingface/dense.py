@@ -9,13 +9,13 @@ from jmoe.convert.huggingface.common import (
     common_from_json,
     common_to_json,
     dense_width,
-    feed_forwards,
     get,
     norm_and_bias,
     refuse_bias,
     refuse_windows,
     unless,
 )
+from jmoe.flops import feed_forwards
 
 
 def to_json_of(norm: str | None, bias: bool, extra: Json) -> Callable[[config.Model], Json]:

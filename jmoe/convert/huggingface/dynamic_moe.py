@@ -9,8 +9,9 @@ from dataclasses import asdict, dataclass
 
 from jmoe import config
 from jmoe.config import require
-from jmoe.convert.huggingface.common import Json, NotRepresented, feed_forwards, unless
+from jmoe.convert.huggingface.common import Json, NotRepresented, unless
 from jmoe.convert.layers import group_layers
+from jmoe.flops import feed_forwards
 from jmoe.json_form import decode
 
 

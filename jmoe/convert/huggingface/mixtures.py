@@ -9,7 +9,6 @@ from jmoe.convert.huggingface.common import (
     common_from_json,
     common_to_json,
     dense_width,
-    feed_forwards,
     get,
     mixture,
     norm_and_bias,
@@ -21,6 +20,7 @@ from jmoe.convert.huggingface.common import (
     window_if_given,
     window_if_used,
 )
+from jmoe.flops import feed_forwards
 
 
 def mixtral_to_json(model: config.Model) -> Json:
