@@ -89,8 +89,9 @@ def mixtral() -> list[Figure]:
 
 def depth() -> list[Figure]:
     """Seconds to compile, of more layers."""
-    times = [aot.report(olmoe(Mesh(fsdp=4), layers), "v5p:2x2x1").compile_seconds for layers in (4, 32)]
-    return [Figure("compile time, 32 layers / 4", times[1] / times[0], "x", "at most", 1.3)]
+    # The first compilation of a process also loads the compiler: it is left out.
+    _, few, many = (aot.report(olmoe(Mesh(fsdp=4), layers), "v5p:2x2x1").compile_seconds for layers in (2, 4, 32))
+    return [Figure("compile time, 32 layers / 4", many / few, "x", "at most", 1.3)]
 
 
 def scaling() -> list[Figure]:
