@@ -47,3 +47,13 @@ def training_flops(model: config.Model, seq_len: int, activated_widths: Sequence
 def feed_forwards(model: config.Model) -> list[config.FeedForward]:
     """The feed-forward of every layer, in order."""
     return [layer for group in model.layers for _ in range(group.repeats) for layer in group.pattern]
+
+
+def places(model: config.Model) -> list[tuple[int, int, int]]:
+    """Where the parameters of every layer are stored, in order: its group, its place in the pattern, its repeat."""
+    return [
+        (g, i, repeat)
+        for g, group in enumerate(model.layers)
+        for repeat in range(group.repeats)
+        for i in range(len(group.pattern))
+    ]

@@ -4,7 +4,6 @@ Every checkpoint routes the same held-out tokens. Prints a table and writes drif
 directory. Exit codes as those of eval.py.
 """
 
-import dataclasses
 import logging
 import sys
 from dataclasses import dataclass
@@ -13,11 +12,10 @@ from pathlib import Path
 import numpy as np
 
 import jmoe
-from jmoe import config, recipe
+from jmoe import recipe
 from jmoe.checkpoint import CheckpointError, Checkpoints
 from jmoe.config import InputError, require
-from jmoe.data.pipeline import validation_batches
-from jmoe.data.prepare import prepare
+from jmoe.convert.held_out import batches_of, prepare_text
 from jmoe.evaluation import routing_drift
 from jmoe.evaluation.routing_drift import Drift, chosen_experts, drift_table, expert_similarity, plot_drift
 from jmoe.run_directory import RunDirectory, write_json
@@ -53,12 +51,7 @@ def main(argv: list[str]) -> None:
         len(steps) > 1,
         f"{run_dir} has one checkpoint, and a change takes two; train with checkpoint.keep_every to keep more",
     )
-    data = last.settings.data
-    if options.data is not None:
-        data = dataclasses.replace(data, validation=(config.Files(glob=options.data),))
-    rows = max(1, 4096 // data.seq_len)
-    prepared, limit = prepare(data, last.tokenizer, "validation"), -(-options.tokens // (rows * data.seq_len))
-    batches = list(validation_batches(prepared, batch_size=rows, seq_len=data.seq_len, limit=limit))
+    batches = batches_of(prepare_text(last.settings, last.tokenizer, options.data), options.tokens)
     final = chosen_experts(last.params, last.settings.model, batches)
     require(bool(final), f"{run_dir} is dense: it has no mixture of experts")
 

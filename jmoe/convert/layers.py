@@ -6,6 +6,7 @@ import numpy as np
 
 from jmoe import config
 from jmoe.convert.mapping import parameter_shapes
+from jmoe.flops import places
 
 # A parameter, or a part of it, as `jmoe.convert.runs.Run.read` gives it; a layer's own by its index and local name.
 Read = Callable[[str, tuple[int, ...]], np.ndarray]
@@ -31,16 +32,6 @@ def group_layers(layers: Sequence[config.FeedForward]) -> tuple[config.LayerGrou
                 end += length
         best[start] = min(found, key=lambda way: way[:2])
     return best[0][2]
-
-
-def places(model: config.Model) -> list[tuple[int, int, int]]:
-    """Where each layer is stored: its group, its place in the pattern, its repeat."""
-    return [
-        (g, i, repeat)
-        for g, group in enumerate(model.layers)
-        for repeat in range(group.repeats)
-        for i in range(len(group.pattern))
-    ]
 
 
 def by_layer(model: config.Model, read: Read) -> ReadLayer:

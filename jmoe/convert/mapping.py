@@ -18,6 +18,7 @@ from jmoe import config
 from jmoe.checkpoint import flatten
 from jmoe.config import InputError
 from jmoe.convert.shards import contiguous
+from jmoe.flops import places
 from jmoe.model.transformer import Transformer
 
 # Name of a parameter in its layer (or in the model) → name of the tensor, in which {layer} and {expert} stand for
@@ -82,22 +83,20 @@ def parameter_shapes(model: config.Model) -> dict[str, tuple[int, ...]]:
 
 def pieces(model: config.Model, table: Table) -> Iterator[Piece]:
     """Every tensor of the model, in the order of the parameters. Raises InputError for a parameter without a name."""
-    first = [0]  # layer of each group
-    for group in model.layers:
-        first.append(first[-1] + len(group.pattern) * group.repeats)
+    where = places(model)
     for parameter, shape in parameter_shapes(model).items():
         if not (found := re.fullmatch(r"layers/(\d+)/(\d+)/(.*)", parameter)):
             yield _piece(parameter, (), shape, parameter, table)
             continue
         g, i, local = int(found[1]), int(found[2]), found[3]
-        group = model.layers[g]
         in_bucket = re.fullmatch(r"(feed_forward/experts/)buckets/(\d+)/(.*)", local)
-        for repeat in range(group.repeats):
-            layer = first[g] + repeat * len(group.pattern) + i
+        for layer, (of_group, of_pattern, repeat) in enumerate(where):
+            if (of_group, of_pattern) != (g, i):
+                continue
             if not in_bucket:
                 yield _piece(parameter, (repeat,), shape, local, table, layer=layer)
                 continue
-            moe = group.pattern[i]
+            moe = model.layers[g].pattern[i]
             assert isinstance(moe, config.MoE)
             width = sorted(set(moe.expert_widths))[int(in_bucket[2])]
             experts = [e for e, its in enumerate(moe.expert_widths) if its == width]

@@ -10,6 +10,7 @@ from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Int, PRNGKeyArray
 
 from jmoe import config
+from jmoe.flops import feed_forwards, places
 from jmoe.model.attention import Attention, Cache, Place
 from jmoe.model.layers import RMSNorm, SwiGLU, normal, parameter, stack
 from jmoe.model.moe import MoE
@@ -246,12 +247,8 @@ def router_states(params: Transformer) -> RouterStates:
 
 def by_layer(model: config.Model, stacked: Any) -> list[tuple[int, config.MoE, Any]]:
     """What is stacked over the repeats, as `Stats` are, for each MoE layer: its index, settings and own part."""
-    result, first = [], 0
-    for group, of_group in zip(model.layers, stacked, strict=True):
-        for repeat in range(group.repeats):
-            for i, (settings, of_layer) in enumerate(zip(group.pattern, of_group, strict=True)):
-                if isinstance(settings, config.MoE):
-                    index = first + repeat * len(group.pattern) + i
-                    result.append((index, settings, jax.tree.map(lambda s, r=repeat: s[r], of_layer)))
-        first += len(group.pattern) * group.repeats
-    return result
+    return [
+        (index, settings, jax.tree.map(lambda s, r=repeat: s[r], stacked[g][i]))
+        for index, ((g, i, repeat), settings) in enumerate(zip(places(model), feed_forwards(model), strict=True))
+        if isinstance(settings, config.MoE)
+    ]

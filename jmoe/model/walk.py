@@ -9,6 +9,7 @@ from jaxtyping import Array, Bool, Float
 
 from jmoe import config
 from jmoe.batch import Batch
+from jmoe.flops import feed_forwards, places
 from jmoe.model.attention import Place
 from jmoe.model.moe import MoE
 from jmoe.model.transformer import Layer, Transformer
@@ -32,13 +33,9 @@ class Visit(NamedTuple):
 
 def layers_of(params: Transformer, model: config.Model) -> Iterator[tuple[int, config.FeedForward, Layer]]:
     """Index, settings and parameters of every layer in order, each taken out of its stack when it is its turn."""
-    first = 0
-    for group, pattern in zip(model.layers, params.layers, strict=True):
-        for repeat in range(group.repeats):
-            for i, (settings, layer) in enumerate(zip(group.pattern, pattern, strict=True)):
-                own: Any = jax.tree.map(lambda x, r=repeat: x[r], layer)
-                yield first + repeat * len(group.pattern) + i, settings, own
-        first += len(group.pattern) * group.repeats
+    for index, ((g, i, repeat), settings) in enumerate(zip(places(model), feed_forwards(model), strict=True)):
+        own: Any = jax.tree.map(lambda x, r=repeat: x[r], params.layers[g][i])
+        yield index, settings, own
 
 
 def walk(params: Transformer, model: config.Model, batch: Batch, dtype: str = "float32") -> Iterator[Visit]:

@@ -5,9 +5,9 @@ import pytest
 
 from jmoe import config
 from jmoe.config import Dense, LayerGroup, MoE
-from jmoe.convert.layers import by_layer, group_layers, places, write_layers
+from jmoe.convert.layers import by_layer, group_layers, write_layers
 from jmoe.convert.mapping import parameter_shapes
-from jmoe.flops import feed_forwards
+from jmoe.flops import feed_forwards, places
 
 A, B, C = Dense(8), Dense(16), MoE(4, 8)
 
