@@ -79,7 +79,7 @@ def serve() -> None:
     batch_size = args.shape.pop("batch_size")
     model = MixtralForCausalLM(MixtralConfig(**args.shape, use_cache=False))
     if args.precision == "bfloat16":
-        model = model.to(torch.bfloat16)
+        model = model.to(torch.bfloat16)  # pyright: ignore[reportArgumentType]
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3, weight_decay=0.1, fused=True)
     tokens = torch.randint(args.shape["vocab_size"], (batch_size, args.shape["max_position_embeddings"]))
     arithmetic = torch.autocast("cpu", torch.bfloat16) if args.precision == "autocast" else nullcontext()

@@ -10,19 +10,18 @@ sides; then runs of the other seeds at that rate. Of a seed, initial weights and
 The losses of a run by the logarithm of its tokens, piecewise linear, tell the tokens to a given loss; that of the
 optimiser which ends higher is taken, so that nothing is extrapolated. Each seed gives a ratio of tokens. Means are of
 their logarithms, and intervals Student's t of 95 %: of a size over its seeds, of all sizes with the spread within the
-sizes pooled. FLOPs are those of the model's matrix products and of Muon's iteration, which at
-batches of 2048 tokens is up to half as many again; the ratio of tokens is that of the model's alone.
+sizes pooled. FLOPs are those of the model's matrix products and of Muon's iteration; the ratio of tokens is that of the
+model's alone. Seconds are those of the two optimisers' training steps, which take turns once all runs are there.
 
 Every finished run is a line of `runs.jsonl` in the folder of results, and is not run again, so that the command goes
-on where it was stopped; about two hours on two cores in all. The summary and the picture are drawn from that file.
+on where it was stopped; about two hours on two cores in all. Two commands of different `--sizes` may run side by side.
+The summary and the picture are drawn from that file.
 """
 
 import argparse
 import dataclasses
-import hashlib
 import json
 import math
-import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -34,7 +33,7 @@ import jax.numpy as jnp
 import numpy as np
 from scipy.stats import t as student
 
-from benchmarks.timing import Figure, report
+from benchmarks.timing import Figure, measure, ratio, report
 from jmoe import config, optim, recipe, training
 from jmoe.allocator import keep_freed_memory
 from jmoe.data import tokenizer
@@ -42,12 +41,13 @@ from jmoe.data.pipeline import train_batches, validation_batches
 from jmoe.data.prepare import prepare
 from jmoe.evaluation.perplexity import evaluate
 from jmoe.flops import training_flops
+from jmoe.optim.roles import is_matrix, sides
 from jmoe.sharding import is_variable, logical_axes, make_mesh
 
 RESULTS = Path(__file__).parent / "results" / "sample_efficiency"
 BUDGETS, DECAY, WARMUP = (0.3, 0.55, 1.0), 0.2, 0.05
 """of the steps of a size; of a budget, and of a size: where decays end, how long they and the warm-up are"""
-FIRST_RATES = (2e-3, 4e-3, 8e-3)
+FIRST_RATES = (4e-3, 8e-3, 16e-3)
 GOAL = 0.75
 TEXT = config.BPE(2048)
 
@@ -60,7 +60,7 @@ class Size:
     layers: int
     steps: int
     text: config.Tokenizer = TEXT
-    validation: int = 40
+    validation: int = 10
     """batches"""
 
     def settings(self, kind: str, seed: int) -> config.Config:
@@ -74,12 +74,12 @@ class Size:
             data=config.Data(tokenizer=self.text, seq_len=256),
             optim=getattr(config, kind)(schedule=config.Constant(round(WARMUP * self.steps))),
             steps=self.steps,
-            batch_size=8,
+            batch_size=32,
             seed=seed,
         )
 
 
-SIZES = {"small": Size(64, 2, 600), "medium": Size(96, 3, 800), "large": Size(128, 4, 1000)}
+SIZES = {"small": Size(64, 2, 600), "medium": Size(96, 3, 500), "large": Size(128, 4, 400)}
 SMOKE = {"smoke": Size(32, 1, 12, config.Bytes(), 1)}
 
 
@@ -91,8 +91,9 @@ class Run:
     optimiser: str
     learning_rate: float
     seed: int
-    settings: str
-    """a hash of the configuration"""
+    settings: config.Config
+    plan: tuple[float, ...]
+    """`BUDGETS`, `DECAY` and the batches of held-out text"""
     tokens: tuple[int, ...] = ()
     """to the end of each decay, those of the decay included"""
     losses: tuple[float, ...] = ()
@@ -101,13 +102,21 @@ class Run:
     """of some steps of the constant rate: step and training loss"""
     flops_per_token: float = 0.0
     """of a training step, the optimiser's iteration included"""
-    seconds_per_token: float = 0.0
-    """of training steps, without compiling or reading text"""
     device: str = ""
 
     @property
     def key(self) -> tuple[Any, ...]:
-        return self.size, self.optimiser, self.learning_rate, self.seed, self.settings
+        return self.size, self.optimiser, self.learning_rate, self.seed, self.settings, self.plan
+
+    def to_json(self) -> str:
+        return json.dumps(vars(self) | {"settings": recipe.to_dict(self.settings)})
+
+    @classmethod
+    def from_json(cls, line: str) -> "Run":
+        fields: dict[str, Any] = json.loads(line)
+        fields |= {name: tuple(value) for name, value in fields.items() if isinstance(value, list)}
+        fields["settings"] = recipe.from_dict(fields["settings"])
+        return cls(**fields)
 
 
 def iteration_flops(rule: Any, params: Any) -> float:
@@ -115,14 +124,11 @@ def iteration_flops(rule: Any, params: Any) -> float:
     2m²n + 2m³ + 2m²n each time; 0 for an optimiser without one."""
     if not hasattr(rule, "iterations"):
         return 0.0
-    from jmoe.optim.roles import dimension_numbers, is_matrix
-
     total = 0.0
     for variable in jax.tree.leaves(params, is_leaf=is_variable):
         axes, shape = logical_axes(variable), variable.shape
         if is_matrix(rule, axes):
-            sides = [math.prod(shape[i] for i in places) for places in dimension_numbers(axes, rule.heads)]
-            m, n = sorted(sides)
+            m, n = sorted(math.prod(shape[place] for place in places) for places in sides(axes, rule.heads))
             total += math.prod(shape) / (m * n) * rule.iterations * (4 * m * m * n + 2 * m**3)
     return total
 
@@ -147,23 +153,22 @@ class Trainer:
 
     def blank(self, rate: float, seed: int) -> Run:
         """The run before it is run."""
-        written = json.dumps(recipe.to_dict(self.size.settings(self.kind, seed)), sort_keys=True)
-        shape = hashlib.sha256(f"{written} {BUDGETS} {DECAY} {self.size.validation}".encode()).hexdigest()[:12]
-        return Run(self.name, self.kind, rate, seed, shape)
+        settings, plan = self.size.settings(self.kind, seed), (*BUDGETS, DECAY, self.size.validation)
+        return Run(self.name, self.kind, rate, seed, settings, plan)
 
     def run(self, rate: float, seed: int) -> Run:
         """Trains at a constant rate, and from its branches through their decays."""
         state = training.create_state(dataclasses.replace(self.settings, seed=seed), self.mesh)
-        at, train, ends, losses, seconds = 0, [], [], [], []
+        at, train, ends, losses = 0, [], [], []
         for budget in BUDGETS:
             end = round(budget * self.size.steps)
             branch = end - round(DECAY * end)
             schedule = config.WSD(self.settings.optim.schedule.warmup_steps, decay_start=branch)
             rule = dataclasses.replace(self.settings.optim, learning_rate=rate, schedule=schedule)
             rates = np.asarray(jax.vmap(optim.schedule(rule, end))(jnp.arange(end)), np.float32)
-            state, told = self.advance(state, at, rates[:branch], seed, seconds)
+            state, told = self.advance(state, at, rates[:branch], seed)
             train += told
-            decayed, _ = self.advance(jax.tree.map(jnp.copy, state), branch, rates, seed, seconds)
+            decayed, _ = self.advance(jax.tree.map(jnp.copy, state), branch, rates, seed)
             ends.append(end * self.tokens_per_step)
             losses.append(self.loss(decayed.params))
             at = branch
@@ -173,30 +178,45 @@ class Trainer:
             losses=tuple(losses),
             train=tuple(train),
             flops_per_token=self.flops_per_token,
-            seconds_per_token=float(np.median(seconds)) / self.tokens_per_step,
             device=jax.devices()[0].device_kind,
         )
 
-    def advance(self, state, start: int, rates: np.ndarray, seed: int, seconds: list[float]):
-        """Takes the steps from `start` to the last of `rates`; adds the seconds of each to `seconds`."""
-        told = []
-        batches = train_batches(
+    def batches(self, seed: int, start: int):
+        """Of training, from a step on."""
+        settings = self.settings
+        return train_batches(
             self.train_data,
-            batch_size=self.settings.batch_size,
-            seq_len=self.settings.data.seq_len,
+            batch_size=settings.batch_size,
+            seq_len=settings.data.seq_len,
             seed=seed,
             start_step=start,
         )
+
+    def advance(self, state, start: int, rates: np.ndarray, seed: int):
+        """Takes the steps from `start` to the last of `rates`; beside the state, some steps and their losses."""
+        told = []
+        batches = self.batches(seed, start)
         for step in range(start, len(rates)):
             batch = training.put_batch(next(batches), self.mesh)
-            began = time.perf_counter()
             state, metrics = self.step(state, batch, jnp.asarray(rates[step]))
-            loss = float(metrics.scalars["cross_entropy"])
-            seconds.append(time.perf_counter() - began)
             if step % max(1, self.size.steps // 50) == 0:
-                told.append((step + 1, round(loss, 4)))
+                told.append((step + 1, round(float(metrics.scalars["cross_entropy"]), 4)))
         batches.close()
         return state, told
+
+    def one_step(self) -> Callable[[], Any]:
+        """A step on one batch, again and again, to be timed."""
+        batches = self.batches(0, 0)
+        batch, rate = training.put_batch(next(batches), self.mesh), jnp.asarray(1e-3)
+        batches.close()
+        state = training.create_state(self.settings, self.mesh)
+
+        def step():
+            nonlocal state
+            state, metrics = self.step(state, batch, rate)
+            return metrics.scalars["cross_entropy"]
+
+        return step
 
     def loss(self, params) -> float:
         """On held-out text."""
@@ -220,10 +240,7 @@ class Store:
         whole = [line for line in lines if line.endswith("\n")]
         if len(whole) < len(lines):  # torn by a kill
             path.write_text("".join(whole))
-        found = (
-            Run(**{k: tuple(v) if isinstance(v, list) else v for k, v in json.loads(line).items()}) for line in whole
-        )
-        self.runs = {run.key: run for run in found}
+        self.runs = {run.key: run for run in map(Run.from_json, whole)}
 
     def get(self, trainer: Trainer, rate: float, seed: int) -> Run:
         """The run, from the file if it is there."""
@@ -231,7 +248,7 @@ class Store:
         if key not in self.runs:
             run = trainer.run(rate, seed)
             with self.path.open("a") as stream:
-                stream.write(json.dumps(dataclasses.asdict(run)) + "\n")
+                stream.write(run.to_json() + "\n")
             self.runs[key] = run
         run = self.runs[key]
         print(f"{run.size:<8}{run.optimiser:<10}{rate:<10.3g}seed {seed}  " + "  ".join(f"{x:.4f}" for x in run.losses))
@@ -285,17 +302,19 @@ Pairs = Mapping[str, Sequence[tuple[Run, Run]]]
 """By size, of each seed the runs of the one and of the other optimiser."""
 
 
-def summary(pairs: Pairs) -> list[Figure]:
-    """Ratios to equal loss, of each size and of all."""
+def summary(pairs: Pairs, step_times: Mapping[str, float]) -> list[Figure]:
+    """Ratios to equal loss, of each size and of all; `step_times` are those of a step's time, by size."""
     figures = []
+
+    def per_token(what: str, pair: tuple[Run, Run]) -> float:
+        of, against = pair
+        flops = of.flops_per_token / against.flops_per_token
+        return {"tokens": 1.0, "flops": flops, "seconds": step_times[of.size]}[what]
+
     for name in (*pairs, *(["all sizes"] if len(pairs) > 1 else [])):
         chosen = [pairs[name]] if name in pairs else list(pairs.values())
         for what in ("tokens", "flops", "seconds"):
-            field = f"{what}_per_token"
-            groups = [
-                [log_ratio(a, b) + math.log(getattr(a, field, 1.0) / getattr(b, field, 1.0)) for a, b in size]
-                for size in chosen
-            ]
+            groups = [[log_ratio(*pair) + math.log(per_token(what, pair)) for pair in size] for size in chosen]
             mean, low, high = interval(groups)
             bound = ", at most" if any(is_bound(*pair) for size in chosen for pair in size) else ""
             figures.append(Figure(f"{name}: {what} to equal loss{bound} [{low:.3f}, {high:.3f}]", mean))
@@ -337,15 +356,17 @@ def main() -> None:
         parser.error("an interval takes two seeds or more")
     keep_freed_memory()
     store = Store(args.results / "runs.jsonl")
-    pairs = {}
+    pairs, step_times = {}, {}
     for name, size in (SMOKE if args.smoke else {name: SIZES[name] for name in args.sizes}).items():
-        columns = []
+        columns, trainers = [], {}
         for kind in (args.of, args.against):
-            trainer = Trainer(name, size, kind)
+            trainers[kind] = trainer = Trainer(name, size, kind)
             best = bracket(lambda rate, trainer=trainer: store.get(trainer, rate, 0).losses[-1], FIRST_RATES)
             columns.append([store.get(trainer, best, seed) for seed in range(args.seeds)])
         pairs[name] = list(zip(*columns, strict=True))
-    report(f"{args.of} over {args.against}", summary(pairs), args.results / "summary.json")
+        times = measure({kind: trainer.one_step() for kind, trainer in trainers.items()}, rounds=9)
+        step_times[name] = ratio(times, args.of, args.against)
+    report(f"{args.of} over {args.against}", summary(pairs, step_times), args.results / "summary.json")
     draw(pairs, args.results / "loss.png")
 
 

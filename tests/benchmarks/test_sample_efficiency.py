@@ -3,28 +3,32 @@
 import json
 import math
 
+import jax
 import numpy as np
 import pytest
 
 from benchmarks import sample_efficiency as module
 from benchmarks.sample_efficiency import Run, Store, bracket, interval, log_ratio, summary, tokens_to
-from jmoe import config
+from jmoe import config, training
+from jmoe.sharding import make_mesh
 
 TOKENS = (1000, 2000, 4000)
+SETTINGS = module.SMOKE["smoke"].settings("AdamW", 0)
 
 
 def run(optimiser="AdamW", seed=0, efficiency=1.0, noise=0.0, **changes):
     """Of loss 10 − log(efficiency · tokens)."""
     losses = tuple(10 + noise - math.log(efficiency * tokens) for tokens in TOKENS)
     given = {
+        "size": "small",
         "flops_per_token": 1.0,
-        "seconds_per_token": 1.0,
         "learning_rate": 1e-3,
-        "settings": "hash",
+        "settings": SETTINGS,
+        "plan": (0.5,),
         "tokens": TOKENS,
         "losses": losses,
     } | changes
-    return Run(size="small", optimiser=optimiser, seed=seed, **given)
+    return Run(optimiser=optimiser, seed=seed, **given)
 
 
 def test_tokens_to_a_loss_are_read_between_the_ends_of_decays():
@@ -42,7 +46,7 @@ def test_what_lies_before_the_first_decay_is_told_to_be_a_bound():
     assert not module.is_bound(run("Muon", efficiency=3.9), run())
     muon = [run("Muon", seed, efficiency=5.0) for seed in range(2)]
     assert module.is_bound(muon[0], run()) and module.is_bound(run(), muon[0])
-    figure, *_ = summary({"small": [(own, run(seed=own.seed)) for own in muon]})
+    figure, *_ = summary({"small": [(own, run(seed=own.seed)) for own in muon]}, {"small": 1.0})
     assert figure.name.startswith("small: tokens to equal loss, at most [") and figure.value == pytest.approx(0.25)
 
 
@@ -82,10 +86,15 @@ def test_a_sweep_goes_on_until_the_best_rate_lies_within():
 
 
 def test_the_summary_counts_flops_and_seconds():
-    muon = [run("Muon", seed, 2.0, 0.01 * seed, flops_per_token=1.1, seconds_per_token=1.5) for seed in range(3)]
-    adam = [run("AdamW", seed, 1.0, 0.01 * seed, flops_per_token=1.0, seconds_per_token=1.0) for seed in range(3)]
-    pairs = {name: list(zip(muon, adam, strict=True)) for name in ("small", "large")}
-    values = {figure.name.split(" [")[0]: figure.value for figure in summary(pairs)}
+    pairs = {
+        size: [
+            (run("Muon", seed, 2.0, 0.01 * seed, flops_per_token=1.1, size=size), run(seed=seed, noise=0.01 * seed))
+            for seed in range(3)
+        ]
+        for size in ("small", "large")
+    }
+    figures = summary(pairs, {"small": 1.2, "large": 1.5})
+    values = {figure.name.split(" [")[0]: figure.value for figure in figures}
     assert values["small: tokens to equal loss"] == pytest.approx(0.5)
     assert values["all sizes: flops to equal loss"] == pytest.approx(0.55)
     assert values["large: seconds to equal loss"] == pytest.approx(0.75)
@@ -98,7 +107,7 @@ def test_finished_runs_are_not_run_again_and_a_torn_line_is(tmp_path):
             self.ran = []
 
         def blank(self, rate, seed):
-            return Run("small", "AdamW", rate, seed, "hash")
+            return Run("small", "AdamW", rate, seed, SETTINGS, (0.5,))
 
         def run(self, rate, seed):
             self.ran.append(rate)
@@ -114,6 +123,15 @@ def test_finished_runs_are_not_run_again_and_a_torn_line_is(tmp_path):
     store.get(trainer, 1.0, 0)  # pyright: ignore[reportArgumentType]
     assert trainer.ran == [0.5, 1.0, 1.0] and path.read_text() == whole
     assert [json.loads(line)["learning_rate"] for line in whole.splitlines()] == [0.5, 1.0]
+
+
+def test_the_iteration_is_counted_for_every_matrix():
+    settings = module.SMOKE["smoke"].settings("Muon", 0)
+    params = training.abstract_state(settings, make_mesh(config.Mesh(), jax.devices()[:1])).params
+    squares = 4 + 3 * 8  # 32 x 32: of attention, of 8 experts; and the router, 32 x 8
+    expected = 5 * (squares * 6 * 32**3 + 4 * 8 * 8 * 32 + 2 * 8**3)
+    assert module.iteration_flops(settings.optim, params) == expected
+    assert module.iteration_flops(config.AdamW(), params) == 0
 
 
 def test_every_size_can_be():
