@@ -1,5 +1,6 @@
 """The training loss, from sums over tokens that are normalised once per global batch."""
 
+from functools import partial
 from typing import Any, NamedTuple
 
 import jax
@@ -19,6 +20,8 @@ from jmoe.sharding import TABLE, undivided
 class Sums(NamedTuple):
     """Sums over the tokens of one (micro-)batch; those of micro-batches add up to those of the batch."""
 
+    vocabulary_loss: Array
+    """float32 scalar: cross_entropy + `Loss.z_loss` · z_squared, the one of these three that has a gradient."""
     cross_entropy: Array
     """float32 scalar: summed negative log-likelihood of the targets, nats."""
     z_squared: Array
@@ -55,24 +58,23 @@ def run_layers(params: Transformer, batch: Batch, settings: config.Config) -> Ou
 def forward(params: Transformer, batch: Batch, settings: config.Config) -> tuple[Sums, MaxLogits]:
     """Runs the model on a (micro-)batch: its sums, and of each head the highest attention logit, [repeats, N]."""
     outputs = run_layers(params, batch, settings)
-    nll, z_squared = _cross_entropy(outputs.hidden, params.head_weight(), batch, settings.loss.chunk_tokens)
-    return Sums(nll, z_squared, outputs.stats), jax.tree.map(lambda rows: rows.max(1), outputs.max_logits)
+    sums = _cross_entropy(outputs.hidden, params.head_weight(), batch, settings.loss)
+    return Sums(*sums, outputs.stats), jax.tree.map(lambda rows: rows.max(1), outputs.max_logits)
 
 
-def _cross_entropy(hidden: Array, head: Array, batch: Batch, chunk_tokens: int) -> tuple[Any, Any]:
+def _cross_entropy(hidden: Array, head: Array, batch: Batch, settings: config.Loss) -> tuple[Array, ...]:
     """`cross_entropy` on the mesh in use, each device with its own rows: the head is gathered and its gradient summed
     once, not for every chunk."""
+    sums: Any = partial(cross_entropy, chunk_tokens=settings.chunk_tokens, z_weight=settings.z_loss)
     if undivided():
-        sums: Any = cross_entropy(hidden, head, batch.targets, batch.loss_mask, chunk_tokens)
-        return sums
+        return sums(hidden, head, batch.targets, batch.loss_mask)
 
     # Gathered by hand: the gradient of that is a reduce-scatter, where XLA may make an all-reduce of it.
     axes = TABLE["embed"]
 
     def on_device(hidden, head, *arrays):
         head = jax.lax.all_gather(head, axes, axis=0, tiled=True)
-        sums: Any = cross_entropy(hidden, head, *arrays, chunk_tokens)
-        return tuple(part[None] for part in sums)
+        return tuple(part[None] for part in sums(hidden, head, *arrays))
 
     by_row = PartitionSpec(TABLE["batch"])
     parts = jax.shard_map(
@@ -110,5 +112,5 @@ def loss_terms(sums: Sums, counts: Stats, total: Totals, settings: config.Config
         of_layer = balance.terms(own, tokens_per_expert, total.tokens, widths)
         for name, term in zip(balance.TERMS, of_layer, strict=True):
             terms[name] += term / num_layers
-    weighted = (getattr(settings.loss, name) * term for name, term in terms.items() if name != "cross_entropy")
-    return sum(weighted, terms["cross_entropy"]), terms
+    weighted = (getattr(settings.loss, name) * terms[name] for name in balance.TERMS)
+    return sum(weighted, sums.vocabulary_loss / total.targets), terms
