@@ -14,6 +14,7 @@ from jmoe import config, optim
 from jmoe.batch import Batch
 from jmoe.loss import Sums, Totals, forward, loss_terms, run_layers, totals
 from jmoe.model.transformer import MaxLogits, RouterStates, Stats, Transformer, router_states, update_routers
+from jmoe.optim.adam import keep_unless
 from jmoe.optim.averaging import moving_average
 from jmoe.optim.qk_clip import qk_clip
 from jmoe.sharding import batch_sharding, replicated, tree_shardings
@@ -148,18 +149,16 @@ def take_step(
     grad_norm = optax.tree.norm(grads)
     finite = jnp.isfinite(loss) & jnp.isfinite(grad_norm)
     old: Any = state.params  # optax's types know only dicts, lists and arrays
-    direction, opt_state = optim.transformation(settings.optim).update(grads, state.opt_state, old)
+    direction, opt_state = optim.transformation(settings.optim).update(grads, state.opt_state, old, finite=finite)
     new: Any = optax.apply_updates(old, optax.tree.scale(-learning_rate, direction))
     new = update_routers(new, settings.model, metrics.stats, metrics.total.tokens)
     if settings.qk_clip is not None:
         assert metrics.max_logits is not None
         new = qk_clip(new, metrics.max_logits, settings.qk_clip)
-    updates = state.step + 1 - state.skipped_total
-    ema = None if settings.ema is None else moving_average(state.ema, new, settings.ema, updates)
-    # A choice for each element, since the operands of a condition would have to be stored, gradients in float32.
-    params, opt_state, ema = jax.tree.map(
-        partial(jnp.where, finite), (new, opt_state, ema), (state.params, state.opt_state, state.ema)
-    )
+    params, ema = keep_unless(finite, old, new), None
+    if settings.ema is not None:
+        updates = state.step + 1 - state.skipped_total
+        ema = keep_unless(finite, state.ema, moving_average(state.ema, params, settings.ema, updates))
     skipped_total = state.skipped_total + ~finite
     skipped_in_a_row = jnp.where(finite, 0, state.skipped_in_a_row + 1)
     metrics.scalars.update(

@@ -8,18 +8,23 @@ import jax
 import optax
 
 from jmoe import config
+from jmoe.optim.adam import clip, scale_by_adam
 from jmoe.optim.muon import scale_by_muon
 from jmoe.optim.roles import factor
 from jmoe.optim.schedules import schedule as schedule
 from jmoe.sharding import is_variable, logical_axes
 
 
-def transformation(optim: config.Optimiser) -> optax.GradientTransformation:
+def transformation(optim: config.Optimiser) -> optax.GradientTransformationExtraArgs:
     """Clipping, the rule's direction, decoupled weight decay, factors by role; the learning rate is left to the
-    caller."""
+    caller.
+
+    Its update also takes `finite`, a bool scalar: where that is False the state stays as it is, and what it returns for
+    the parameters is not to be used.
+    """
     muon = isinstance(optim, config.Muon)
-    rule = scale_by_muon(optim) if muon else optax.scale_by_adam(optim.b1, optim.b2, optim.eps)
-    return optax.chain(optax.clip_by_global_norm(optim.clip_norm), rule, _decay_and_factors(optim))
+    rule = scale_by_muon(optim) if muon else scale_by_adam(optim.b1, optim.b2, optim.eps)
+    return optax.with_extra_args_support(optax.chain(clip(optim.clip_norm), rule, _decay_and_factors(optim)))
 
 
 def _decay_and_factors(optim: config.Optimiser) -> optax.GradientTransformation:

@@ -8,8 +8,10 @@ import jax
 import jax.numpy as jnp
 import optax
 from flax import nnx
+from jax.typing import ArrayLike
 
 from jmoe import config
+from jmoe.optim.adam import keep_unless, scale_by_adam
 from jmoe.optim.newton_schulz import coefficients, orthogonalise_each
 from jmoe.optim.roles import Sides, by_path, is_matrix, sides, update_scale
 from jmoe.optim.spread import Stack, each_matrix
@@ -27,16 +29,16 @@ class MuonState(NamedTuple):
     outputs: dict[str, Any]
     """NorMuon's running mean square of each output's update, float32; empty for Muon."""
     rest: Any
-    """of `optax.scale_by_adam`, for all else."""
+    """of `scale_by_adam`, for all else."""
 
 
-def scale_by_muon(optim: config.Muon) -> optax.GradientTransformation:
+def scale_by_muon(optim: config.Muon) -> optax.GradientTransformationExtraArgs:
     """The direction of Moonlight's Muon (arXiv 2502.16982, §2) for matrices: rms · √max(A, B) · O, where
     O = orthogonalise(G + μM) and M ← μM + G; that of AdamW for the rest. NorMuon divides each output's column of O by
     the root of its running mean square, and scales the matrix to `rms` again (arXiv 2510.05491, Algorithm 1).
     """
     momentum = optax.trace(optim.momentum, nesterov=True, accumulator_dtype=jnp.dtype(optim.momentum_dtype))
-    adam = optax.scale_by_adam(optim.b1, optim.b2, optim.eps)
+    adam = scale_by_adam(optim.b1, optim.b2, optim.eps)
 
     def split(tree: Any) -> tuple[dict[str, Any], dict[str, Any]]:
         matrices, rest = {}, {}
@@ -50,20 +52,23 @@ def scale_by_muon(optim: config.Muon) -> optax.GradientTransformation:
         outputs = {path: _per_output(variable, optim) for path, variable in normalised.items()}
         return MuonState(momentum.init(matrices), outputs, adam.init(rest))
 
-    def update(updates: Any, state: Any, params: Any = None, **_: Any) -> tuple[Any, MuonState]:
+    def update(
+        updates: Any, state: Any, params: Any = None, *, finite: ArrayLike = True, **_: Any
+    ) -> tuple[Any, MuonState]:
         matrices, rest = split(updates)
         moved: Any  # optax's types know only dicts, lists and arrays
         moved, new_momentum = momentum.update(matrices, optax.tree.cast(state.momentum, jnp.float32))
         directions, outputs = orthogonalised(optim, moved), state.outputs
         if isinstance(optim, config.NorMuon):
             directions, outputs = normalised(optim, directions, outputs)
-        moved, new_rest = adam.update(rest, state.rest)
+        moved, new_rest = adam.update(rest, state.rest, finite=finite)
         directions |= moved
         structure = jax.tree.structure(updates, is_leaf=is_variable)
         new = jax.tree.unflatten(structure, [directions[path] for path in by_path(updates)])
+        new_momentum, outputs = keep_unless(finite, (state.momentum, state.outputs), (new_momentum, outputs))
         return new, MuonState(new_momentum, outputs, new_rest)
 
-    return optax.GradientTransformation(init, update)
+    return optax.GradientTransformationExtraArgs(init, update)
 
 
 def sides_of(variable: nnx.Variable, optim: config.Muon) -> Sides:
