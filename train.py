@@ -74,6 +74,8 @@ def main(argv: list[str]) -> int:
         print(roles.table(config.optim, jax.eval_shape(partial(training.init_state, config)).params))
         return 0
     with RunDirectory.open(config.run_dir) as run, contextlib.ExitStack() as stack:
+        checkpoints = Checkpoints(run.checkpoints, keep=config.checkpoint.keep, keep_every=config.checkpoint.keep_every)
+        stack.enter_context(contextlib.closing(checkpoints))
         # 1. Devices, model and text must fit together; all of it is known before anything is compiled.
         with together(InputError):  # what one process lacks, no other waits for
             mesh = sharding.make_mesh(config.mesh)
@@ -91,8 +93,9 @@ def main(argv: list[str]) -> int:
                 check_resume(was, now, allow_learning_rate=options.allow_learning_rate_change)
             text = tokenizer.load(config.data)
             check_vocabulary(text, config)
-            if options.init_from is not None:
-                check_start(options.init_from, config, text)
+            starting = None if checkpoints.steps() else options.init_from  # a run that goes on is its own start
+            if starting is not None:
+                check_start(starting, config, text)
             train_data, validation_data = prepare(config.data, text, "train"), prepare(config.data, text, "validation")
         fingerprints = {
             "tokenizer": text.fingerprint,
@@ -102,8 +105,6 @@ def main(argv: list[str]) -> int:
         distributed.check_same("configuration and text", [recipe.to_dict(config), fingerprints])
 
         # 2. Resume, or begin, be it where another run stood.
-        checkpoints = Checkpoints(run.checkpoints, keep=config.checkpoint.keep, keep_every=config.checkpoint.keep_every)
-        stack.enter_context(contextlib.closing(checkpoints))
         wanted, origin = training.checkpoint_items(state_shape, fingerprints), branch.Origin.of(config)
         restored = checkpoints.restore(wanted)
         if restored is None:
@@ -117,7 +118,7 @@ def main(argv: list[str]) -> int:
                 log.warning("%s holds no checkpoint, so the run begins anew", run.path)
             restored = origin and origin.restore(wanted)
         if restored is None:
-            given = None if options.init_from is None else read_parameters(options.init_from, state_shape.params)[1]
+            given = None if starting is None else read_parameters(starting, state_shape.params)[1]
             state = training.create_state(config, mesh)
             if given is not None:
                 state = training.begin_with(state, given)

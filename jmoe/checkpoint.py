@@ -19,7 +19,7 @@ import json
 import logging
 import os
 import shutil
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Iterable
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -37,6 +37,7 @@ REMOVED = "removed-"
 DAMAGED = "damaged-"
 UNFINISHED = "unfinished-"
 CHUNK = 1 << 26  # bytes
+FILE = 1 << 27  # bytes of arrays in a file: several can be hashed at a time
 
 log = logging.getLogger("jmoe")
 
@@ -160,6 +161,7 @@ class Checkpoints:
             context = ocp.Context()
             context.array.saving.use_compression = False  # float weights hardly shrink, and a save takes twice as long
             context.array.saving.scoped_storage_options_creator = _in_chunks
+            context.array.saving.ocdbt_target_data_file_size = FILE
             # Created in the background, an early failure leaves threads behind that wait minutes for the directory.
             context.asynchronous.create_directories_asynchronously = False
             with context:
@@ -298,7 +300,7 @@ class Checkpoints:
                     return f"{name} is missing"
                 if (path / name).stat().st_size != size:
                     return f"{name} has {(path / name).stat().st_size} bytes, {size} were written"
-            found = _in_threads(_sha256, [path / name for name in files])
+            found = in_threads(_sha256, [path / name for name in files])
             for (name, (_, digest)), content in zip(files.items(), found, strict=True):
                 if content != digest:
                     return f"{name} has other content than was written"
@@ -374,7 +376,7 @@ def _manifest(path: Path) -> dict[str, Any]:
             os.fsync(stream.fileno())
         return [file.stat().st_size, _sha256(file)]
 
-    return {"files": dict(zip(names, _in_threads(entry, [path / name for name in names]), strict=True))}
+    return {"files": dict(zip(names, in_threads(entry, [path / name for name in names]), strict=True))}
 
 
 def _sha256(file: Path) -> str:
@@ -382,9 +384,10 @@ def _sha256(file: Path) -> str:
         return hashlib.file_digest(stream, "sha256").hexdigest()
 
 
-def _in_threads(function: Callable[[Path], Any], files: list[Path]) -> list[Any]:
+def in_threads(function: Callable[[Any], Any], items: Iterable[Any]) -> list[Any]:
+    """What the function gives for each item, of which it gets several at a time. Raises what it raises."""
     with ThreadPoolExecutor(max_workers=4) as threads:
-        return list(threads.map(function, files))
+        return list(threads.map(function, items))
 
 
 def _discard(path: Path) -> None:

@@ -23,7 +23,8 @@ from jaxtyping import Float
 
 from jmoe import config, recipe
 from jmoe.checkpoint import CheckpointError, Checkpoints
-from jmoe.config import InputError, require
+from jmoe.config import require
+from jmoe.folder import check_new, new_folder
 from jmoe.run_directory import RunDirectory
 from jmoe.sharding import make_mesh
 from jmoe.training import abstract_state
@@ -36,7 +37,7 @@ class Options:
     """Flags of this command."""
 
     out: str | None = None
-    """the run directory to write; it must not be there yet [path]"""
+    """the run directory to write; it must not be there yet, or be empty [path]"""
     weights: Rule = "wsm-1-sqrt"
     """uniform; those that emulate a decay of this shape from the first to the last of the steps (WSM, arXiv
     2507.17634); or an exponential moving average from the first to the last [name]"""
@@ -81,7 +82,7 @@ def merge(run_dir: str | os.PathLike[str], steps: Sequence[int], options: Option
     """Writes the average of a run's checkpoints to `options.out`, there in full or not at all; returns their weights.
 
     Sums are float64; one checkpoint is in memory at a time beside the sum, on the host.
-    Raises InputError for steps or directories that cannot be, CheckpointError for a damaged checkpoint.
+    Raises InputError for steps or directories that cannot be, CheckpointError for a damaged checkpoint or a full disk.
     """
     run, out = RunDirectory(Path(run_dir)), Path(options.out or "")
     saved = run.read_config()
@@ -95,7 +96,7 @@ def merge(run_dir: str | os.PathLike[str], steps: Sequence[int], options: Option
         set(steps) <= set(there), f"there is no checkpoint of step {min(set(steps) - set(there), default=0)}; {told}"
     )
     require(options.out is not None, "--out is missing: the run directory to write")
-    require(not out.exists(), f"--out {out} is there already; name a new directory")
+    check_new(out)
     assert saved is not None
     settings = recipe.from_dict(saved)
 
@@ -116,19 +117,13 @@ def merge(run_dir: str | os.PathLike[str], steps: Sequence[int], options: Option
     of_each = dict(zip(steps, weights.tolist(), strict=True))
     metadata = checkpoints.metadata(steps[-1])
     metadata["merged"] = {"run": str(run.path), "weights": {str(step): weight for step, weight in of_each.items()}}
-    part = out.with_name(f".{out.name}.{os.getpid()}")
-    try:
-        part.mkdir(parents=True)
-        written = Checkpoints(part / "checkpoints", keep=1)
+    with new_folder(out) as folder:
+        merged = RunDirectory(folder)
+        written = Checkpoints(merged.checkpoints, keep=1)
         written.save(steps[-1], {"params": params}, metadata=metadata)
         written.close()
-        RunDirectory(part).write_config(saved)
-        shutil.copyfile(run.tokenizer, part / run.tokenizer.name)
-        part.rename(out)
-    except OSError as error:
-        raise InputError(f"{out} cannot be written: {error.strerror or error}") from error
-    finally:
-        shutil.rmtree(part, ignore_errors=True)
+        merged.write_config(saved)
+        shutil.copyfile(run.tokenizer, merged.tokenizer)
     return of_each
 
 

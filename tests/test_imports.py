@@ -12,7 +12,7 @@ LEVELS = [
     "model metrics",
     "loss optim telemetry",
     "training",
-    "checkpoint evaluation generate aot merge",
+    "checkpoint folder evaluation generate aot merge",
     "language_model branch __init__",
     "convert routing_drift",
     "train eval",

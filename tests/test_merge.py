@@ -103,7 +103,7 @@ def test_the_average_is_that_by_hand(run_dir, tmp_path, rule, capsys):
         ("10 20 --weights best", "must be uniform, wsm-linear, wsm-1-sqrt, wsm-cosine or ema"),
         ("10 20 --ema-decay 1", "ema_decay is 1.0; it must lie in"),
         ("10 20", "--out is missing: the run directory to write"),
-        ("10 20 --out .", "--out . is there already; name a new directory"),
+        ("10 20 --out .", ". is there already; give a folder that is not, or is empty"),
     ],
 )
 def test_what_cannot_be_is_told_in_a_line(run_dir, arguments, line):

@@ -533,3 +533,5 @@ def test_a_new_run_begins_with_the_parameters_of_another(scripts, trained, tmp_p
     assert code == 0, err
     losses = [record["loss"] for record in metrics(earlier) if record["split"] == "train"]
     assert metrics(new)[0]["step"] == 1 and metrics(new)[0]["loss"] < (losses[0] + losses[-1]) / 2
+    code, _, err = scripts.run("train.py", new / "config.json", "--init-from", tmp_path / "gone", "--run-dir", new)
+    assert code == 0, err  # a run that goes on needs it no more

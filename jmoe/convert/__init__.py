@@ -16,7 +16,6 @@
     verify.py      what a Hugging Face folder computes, by NumPy alone, beside the run made of it
     shards.py      safetensors files, read and written tensor by tensor
     runs.py        the parameters of a run, read and written piece by piece
-    folder.py      a folder that is there in full or not at all
     pytorch/       the modelling file that goes with a model that no family represents
 
 Neither PyTorch nor transformers is needed, and the whole model is in memory only where it is run, to measure it.

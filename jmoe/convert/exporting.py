@@ -12,14 +12,15 @@ import ml_dtypes
 import numpy as np
 
 from jmoe import config, recipe
+from jmoe.checkpoint import in_threads
 from jmoe.config import InputError, require
 from jmoe.convert.families import Family, family_of
-from jmoe.convert.folder import check_new, new_folder
 from jmoe.convert.huggingface.common import NotRepresented
 from jmoe.convert.mapping import Piece, pieces
 from jmoe.convert.runs import Run
 from jmoe.convert.shards import Planned, Writer
 from jmoe.flops import feed_forwards
+from jmoe.folder import check_new, new_folder
 
 DTYPES = {"float32": np.dtype(np.float32), "bf16": np.dtype(ml_dtypes.bfloat16)}
 _UNITS = {"KB": 10**3, "MB": 10**6, "GB": 10**9, "": 1}
@@ -73,11 +74,14 @@ def export(run_dir: Path, out_dir: Path, options: Options = Options()) -> Family
         for file in family.files:
             shutil.copy(file, folder)
         writer = Writer(folder, [_plan(tensor, dtype) for tensor in tensors], max_bytes)
-        for tensor in tensors:
+
+        def write(tensor: Piece | Planned) -> None:
             if isinstance(tensor, Planned):
                 writer.write(tensor.name, np.zeros(tensor.shape, np.float32))
             else:
                 writer.write(tensor.name, tensor.to_tensor(run.read(tensor.parameter, tensor.index)))
+
+        in_threads(write, tensors)
         writer.close()
     return family
 

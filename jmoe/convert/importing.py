@@ -11,14 +11,15 @@ from typing import Any
 import numpy as np
 
 from jmoe import config, recipe
+from jmoe.checkpoint import in_threads
 from jmoe.config import InputError, require
 from jmoe.convert.families import Family, family_named
-from jmoe.convert.folder import check_new
 from jmoe.convert.mapping import Piece, pieces
 from jmoe.convert.runs import ParameterWriter, write_run
 from jmoe.convert.shards import Reader
 from jmoe.convert.verify import verify
 from jmoe.data.tokenizer import Tokenizer
+from jmoe.folder import check_new
 from jmoe.language_model import check_vocabulary
 
 log = logging.getLogger("jmoe")
@@ -87,8 +88,10 @@ def import_(hf_dir: Path, run_dir: Path, options: Options = Options()) -> Family
     sources = find_sources(settings.model, family, reader)
 
     def write(writer: ParameterWriter) -> None:
-        for source in sources:
+        def one(source: Source) -> None:
             writer.write(source.piece.parameter, source.piece.index, source.read(reader))
+
+        in_threads(one, sources)
 
     write_run(run_dir, settings, text, write)
     return family

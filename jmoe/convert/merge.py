@@ -19,8 +19,8 @@ from jmoe import config, recipe
 from jmoe.convert import compress
 from jmoe.convert.calibration import Observed, calibrate
 from jmoe.convert.compress import PLACES, Group, choose, expert, parse_counts, write
-from jmoe.convert.folder import check_new
 from jmoe.convert.layers import ReadLayer, by_layer
+from jmoe.folder import check_new
 
 
 @dataclass(frozen=True)

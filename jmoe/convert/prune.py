@@ -11,7 +11,7 @@ from jmoe import recipe
 from jmoe.convert import compress
 from jmoe.convert.calibration import Observed, calibrate
 from jmoe.convert.compress import PLACES, alone, choose, parse_counts, write
-from jmoe.convert.folder import check_new
+from jmoe.folder import check_new
 
 
 @dataclass(frozen=True)

@@ -8,6 +8,7 @@ import json
 from collections import deque
 from collections.abc import Callable
 from pathlib import Path
+from threading import Lock
 from typing import Any
 
 import numpy as np
@@ -17,9 +18,9 @@ from orbax.checkpoint import v1 as ocp
 from jmoe import config, recipe
 from jmoe.checkpoint import ITEMS, Checkpoints, seal
 from jmoe.config import InputError
-from jmoe.convert.folder import new_folder
 from jmoe.convert.mapping import parameter_shapes
 from jmoe.data.tokenizer import Tokenizer
+from jmoe.folder import new_folder
 from jmoe.language_model import describe_run
 from jmoe.run_directory import RunDirectory
 
@@ -46,46 +47,27 @@ class Run:
         if stored != expected:
             differ = sorted(name for name in stored.keys() | expected.keys() if stored.get(name) != expected.get(name))
             raise InputError(f"step {found} in {run_dir} does not fit the run's config.json: {', '.join(differ[:5])}")
-        self._block: tuple[str, tuple[int, ...], np.ndarray] | None = None  # what was read last, and where it starts
+        # Mapped into memory, of a chunk only the part that is asked for is read.
+        self._context = ts.Context({"file_io_mode": {"mode": "memmap"}})
+        self._opened: dict[str, ts.TensorStore] = {}
 
     def read(self, parameter: str, index: tuple[int, ...] = ()) -> np.ndarray:
-        """parameter[index], float32, of the parameter with this name in `jmoe.checkpoint.flatten`.
-
-        With an index, what is stored together is read together and kept until another part is asked for.
-        """
-        if not index:
-            return np.asarray(self._open(parameter).read().result())
-        if self._block is None or self._block[0] != parameter or not self._within(index):
-            self._block = None
-            array = self._open(parameter)
-            chunk: Any = array.chunk_layout.read_chunk.shape
-            shape = array.shape
-            start = tuple(i // size * size for i, size in zip(index, chunk, strict=False))
-            stop = tuple(min(i + size, end) for i, size, end in zip(start, chunk, shape, strict=False))
-            box = tuple(slice(*ends) for ends in zip(start, stop, strict=True))
-            self._block = parameter, start, np.asarray(array[box].read().result())
-        _, start, block = self._block
-        return block[(*(i - first for i, first in zip(index, start, strict=True)), ...)]
-
-    def _within(self, index: tuple[int, ...]) -> bool:
-        """Whether the part lies in what was read last."""
-        assert self._block is not None
-        _, start, block = self._block
-        inside = (first <= i < first + size for i, first, size in zip(index, start, block.shape, strict=False))
-        return len(index) == len(start) and all(inside)
-
-    def _open(self, parameter: str) -> ts.TensorStore:
-        return ts.open(_spec(self._folder, parameter), read=True, open=True).result()
+        """parameter[index], float32, of the parameter with this name in `jmoe.checkpoint.flatten`."""
+        if parameter not in self._opened:
+            spec = _spec(self._folder, parameter)
+            self._opened[parameter] = ts.open(spec, read=True, open=True, context=self._context).result()
+        return np.asarray(self._opened[parameter][index or ...].read().result())
 
 
 class ParameterWriter:
-    """Writes the parameters of a new run, whole or in parts, in any order."""
+    """Writes the parameters of a new run, whole or in parts, in any order, from any thread."""
 
     def __init__(self, step_folder: Path, shapes: dict[str, tuple[int, ...]]):
         context = ts.Context({"file_io_sync": False})  # all is synchronised at the end
         opening = {}
         self._pending: deque[Any] = deque()  # what is under way, the oldest first, and how large it is
         self._bytes = 0
+        self._lock = Lock()
         for name, shape in shapes.items():
             # A chunk is what is written at a time: a parameter that is stacked over layers comes layer by layer, and
             # experts one by one.
@@ -106,10 +88,11 @@ class ParameterWriter:
     def write(self, parameter: str, index: tuple[int, ...], part: np.ndarray) -> None:
         """parameter[index] = part."""
         part = np.asarray(part, np.float32, order="C")  # which leaves scalars what they are
-        self._pending.append((self._stores[parameter][index or ...].write(part), part.nbytes))
-        self._bytes += part.nbytes
-        while self._bytes > _PENDING:
-            self._settle()
+        with self._lock:
+            self._pending.append((self._stores[parameter][index or ...].write(part), part.nbytes))
+            self._bytes += part.nbytes
+            while self._bytes > _PENDING:
+                self._settle()
 
     def write_all(self, read: Callable[[str], np.ndarray]) -> None:
         """Writes every parameter, whole, as `read` gives it by its name."""

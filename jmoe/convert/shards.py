@@ -9,6 +9,7 @@ import json
 import math
 import os
 from collections.abc import Iterable
+from itertools import accumulate
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -81,7 +82,7 @@ class Reader:
             self.tensors |= found
 
     def read(self, name: str, index: tuple[int, ...] = ()) -> np.ndarray:
-        """The tensor, or the part tensor[index] of it, in the dtype of the file.
+        """The tensor, or the part tensor[index] of it, in the dtype of the file, mapped into memory.
 
         Raises InputError if the file has become shorter than its header says.
         """
@@ -91,9 +92,8 @@ class Reader:
             shape = shape[1:]
             start += i * math.prod(shape) * tensor.dtype.itemsize
         size = math.prod(shape) * tensor.dtype.itemsize
-        raw = np.fromfile(tensor.file, np.uint8, size, offset=start)
-        require(raw.size == size, f"{tensor.file} ends within the tensor {name}")
-        return raw.view(tensor.dtype).reshape(shape)
+        require(tensor.file.stat().st_size >= start + size, f"{tensor.file} ends within the tensor {name}")
+        return np.asarray(np.memmap(tensor.file, tensor.dtype, "c", start, shape))
 
 
 def read_header(file: Path) -> dict[str, Tensor]:
@@ -146,12 +146,12 @@ def _json_object(text: bytes, where: str) -> dict[str, Any]:
 
 
 class Writer:
-    """Writes tensors, one after another, into model.safetensors, or into numbered files of at most `max_bytes` of
-    data each and an index.
+    """Writes tensors, from any thread and in any order, into model.safetensors, or into numbered files of at most
+    `max_bytes` of data each and an index.
 
     Args:
       folder: which exists.
-      plan: every tensor, in the order in which `write` will get them.
+      plan: every tensor, in the order in which they are to stand in the files.
       max_bytes: the most data in a file; a single tensor that is larger gets a file of its own.
     """
 
@@ -168,39 +168,38 @@ class Writer:
             free -= size
         count = len(shards)
         files = [f"model-{n:05d}-of-{count:05d}.safetensors" for n in range(1, count + 1)] if count > 1 else [SINGLE]
-        self._shards = dict(zip(files, shards, strict=True))
-        self._steps = ((file, name) for file, names in self._shards.items() for name in names)
-        self._stream = None
+        self._left: dict[str, set[str]] = {}  # tensors that are still to come, by file
+        self._places: dict[str, tuple[str, int]] = {}  # file of each tensor, and where it starts
+        for file, names in zip(files, shards, strict=True):
+            header = self._header(names)
+            (folder / file).write_bytes(header)
+            starts = accumulate((self._plan[name].nbytes for name in names), initial=len(header))
+            self._places |= {name: (file, start) for name, start in zip(names, starts, strict=False)}
+            self._left[file] = set(names)
 
     def write(self, name: str, tensor: np.ndarray) -> None:
-        """Writes the next tensor, rounded to the planned dtype. Raises ValueError unless it is the plan's next."""
-        file, expected = next(self._steps)
-        planned = self._plan[expected]
-        if (name, tensor.shape) != (expected, planned.shape):
-            raise ValueError(f"{name} {tensor.shape} is given, and {expected} {planned.shape} is next")
-        if self._stream is None or self._stream.name != str(self._folder / file):
-            self._finish()
-            self._stream = (self._folder / file).open("wb")
-            self._stream.write(self._header(self._shards[file]))
-        self._stream.write(contiguous(tensor.astype(planned.dtype, copy=False)).reshape(-1).view(np.uint8).data)
+        """Writes a tensor, rounded to the planned dtype. Raises ValueError if it is not in the plan, or is written."""
+        planned, (file, start) = self._plan.get(name), self._places.get(name, ("", 0))
+        if planned is None or planned.shape != tensor.shape or name not in self._left[file]:
+            raise ValueError(f"{name} {tensor.shape} is given, and {planned} was planned, or is written already")
+        content = contiguous(tensor.astype(planned.dtype, copy=False)).reshape(-1).view(np.uint8)
+        with (self._folder / file).open("r+b") as stream:
+            stream.seek(start)
+            stream.write(content.data)
+            stream.flush()
+            self._left[file].remove(name)
+            if not self._left[file]:  # two threads may find it so, which does no harm
+                os.fsync(stream.fileno())
 
     def close(self) -> None:
-        """Ends the last file, and writes the index. Raises ValueError if tensors are missing."""
-        if (missing := next(self._steps, None)) is not None:
-            raise ValueError(f"{missing[1]} was not written")
-        self._finish()
-        if len(self._shards) > 1:
+        """Writes the index. Raises ValueError if tensors are missing."""
+        if missing := [name for names in self._left.values() for name in names]:
+            raise ValueError(f"{', '.join(missing[:5])} were not written")
+        if len(self._left) > 1:
             total = sum(planned.nbytes for planned in self._plan.values())
-            weight_map = {name: file for file, names in self._shards.items() for name in names}
+            weight_map = {name: file for name, (file, _) in self._places.items()}
             content = {"metadata": {"total_size": total}, "weight_map": weight_map}
             (self._folder / INDEX).write_text(json.dumps(content, indent=2, sort_keys=True) + "\n")
-
-    def _finish(self) -> None:
-        if self._stream is not None:
-            self._stream.flush()
-            os.fsync(self._stream.fileno())
-            self._stream.close()
-            self._stream = None
 
     def _header(self, names: list[str]) -> bytes:
         header: dict[str, Any] = {"__metadata__": {"format": "pt"}}  # what transformers asks for

@@ -11,12 +11,12 @@ import numpy as np
 from jmoe import config, recipe
 from jmoe.config import InputError, require
 from jmoe.convert import importing
-from jmoe.convert.folder import check_new
 from jmoe.convert.held_out import Difference, batches_of, difference, prepare_text, random_batch
 from jmoe.convert.layers import Read, by_layer, group_layers, write_layers
 from jmoe.convert.mixture import Options, deviations, feed_forward, mixture, router_weight
 from jmoe.convert.runs import Run, write_run
 from jmoe.flops import feed_forwards
+from jmoe.folder import check_new
 from jmoe.language_model import LanguageModel
 from jmoe.run_directory import write_json
 from jmoe.telemetry import describe_model

@@ -136,9 +136,9 @@ def test_bfloat16_files_come_back_bit_for_bit(exported, tmp_path):
         np.testing.assert_array_equal(back.read(name), rounded.astype(np.float32))
 
 
-def test_a_model_of_transformers_is_imported(exported, tmp_path):
+def check_import(configuration: Any, tokenizer: Path, tmp_path: Path) -> None:
+    """A random model of transformers computes the same when it is imported."""
     torch.manual_seed(0)
-    configuration = transformers.AutoConfig.from_pretrained(exported.folder)
     theirs = transformers.AutoModelForCausalLM.from_config(
         configuration, attn_implementation="eager", experts_implementation="eager"
     ).eval()
@@ -147,10 +147,24 @@ def test_a_model_of_transformers_is_imported(exported, tmp_path):
             if "inv_freq" not in name:
                 value.normal_(1.0 if "norm" in name else 0.0, 0.2)
     theirs.save_pretrained(tmp_path / "hf", max_shard_size="20KB")
-    (tmp_path / "hf" / "tokenizer.json").write_bytes((exported.folder / "tokenizer.json").read_bytes())
+    (tmp_path / "hf" / "tokenizer.json").write_bytes(tokenizer.read_bytes())
     import_(tmp_path / "hf", tmp_path / "run")
     assert_close(jmoe.load(tmp_path / "run").logits(TOKENS), their_logits(theirs))
     assert "differ by" in verify(tmp_path / "hf", tmp_path / "run")
+
+
+def test_a_model_of_transformers_is_imported(exported, tmp_path):
+    configuration = transformers.AutoConfig.from_pretrained(exported.folder)
+    check_import(configuration, exported.folder / "tokenizer.json", tmp_path)
+
+
+def test_mistral_is_imported(tmp_path):
+    """It is another name for Llama's tensors, so that jmoe never exports to it."""
+    fields = {"vocab_size": 264, "hidden_size": 16, "intermediate_size": 40, "num_hidden_layers": 2}
+    heads = {"num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 8, "sliding_window": None}
+    byte_tokenizer().save(tmp_path / "tokenizer.json")
+    check_import(transformers.MistralConfig(**fields, **heads, eos_token_id=256), tmp_path / "tokenizer.json", tmp_path)
+    assert Run(tmp_path / "run").settings.model.head_dim == 8
 
 
 @pytest.mark.parametrize("family", ["qwen2_moe", "dots1"])
