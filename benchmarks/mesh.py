@@ -1,17 +1,23 @@
 """What the train step takes on meshes of TPUs, from programs compiled with no TPU present (extra `tpu`).
 
-    python -m benchmarks.mesh [--only fsdp expert mixtral depth scaling] [--json FILE]
+    python -m benchmarks.mesh [--only fsdp expert mixtral depth scaling unrolled] [--json FILE]
 
 fsdp, expert: a model of OLMoE's shape (16 layers, d 2048, 16 heads, 64 experts of width 1024, top-8, vocabulary 50304,
 sequences of 4096, four for each device, everything recomputed, bfloat16) on four chips of v5p, beside what MaxText's
 own ahead-of-time compilation of the same model says. Its FLOPs are what the compiler knows of: they leave out
 attention's kernels, and have each row of the experts once; so do ours beside it. Memory is the compiler's peak.
 mixtral: Mixtral-8x7B on 32 chips. depth: compile time of 32 layers over that of 4. scaling: the predicted step of
-Mixtral-8x7B, four sequences for each device, on 64, 512 and 4096 chips. Each compiles for half a minute or so.
+Mixtral-8x7B, four sequences for each device, on 64, 512 and 4096 chips.
+unrolled: Mixtral-8x7B on 32 chips with its layers one after another in the program in place of a loop; it runs only
+when it is asked for, since its time to compile grows with them: --layers compiles fewer.
+
+A program compiles in one or two minutes of one core, nine of them but for `unrolled`.
 """
 
 import argparse
 import dataclasses
+import functools
+import time
 from collections.abc import Callable
 from pathlib import Path
 
@@ -19,10 +25,29 @@ import jax
 
 from benchmarks.timing import Figure, report
 from jmoe import aot, recipe
+from jmoe.chips import CHIPS
 from jmoe.config import Config, Data, LayerGroup, Mesh, Model, MoE, TopK
 
 RECIPES = Path(__file__).parents[1] / "configs"
 MAXTEXT_TFLOP, MAXTEXT_GIB = 151.5, 26.8
+SIZES = {
+    "v5p:4x4x4": Mesh(data=4, fsdp=16),
+    "v5p:8x8x8": Mesh(data=8, fsdp=64),
+    "v5p:16x16x16": Mesh(data=16, fsdp=256),
+}
+"""of the weak scaling: data along one side of the torus, fsdp along the other two. Along all three the compiler gathers
+parameters by adding them up, each device's share into zeros, which moves twice the bytes"""
+
+
+@functools.cache
+def compiled(settings: Config, topology: str) -> aot.Report:
+    """What a step takes. Parts that ask for the same program share it."""
+    result = aot.report(settings, topology)
+    groups = " + ".join(f"{group.repeats}" for group in settings.model.layers[:3])
+    groups += " + ..." if len(settings.model.layers) > 3 else ""
+    axes = " ".join(f"{axis} {size}" for axis, size in result.mesh.items() if size > 1)
+    print(f"  {topology}, {axes}, layers {groups}: {result.compile_seconds:.0f} s to compile", flush=True)
+    return result
 
 
 def olmoe(mesh: Mesh, layers: int = 16) -> Config:
@@ -58,7 +83,7 @@ def moved(of: aot.Report, title: str) -> list[Figure]:
 
 def fsdp() -> list[Figure]:
     """Parameters split over four devices, beside MaxText."""
-    ours = aot.report(olmoe(Mesh(fsdp=4)), "v5p:2x2x1")
+    ours = compiled(olmoe(Mesh(fsdp=4)), "v5p:2x2x1")
     return [
         Figure("fsdp 4: FLOPs", tera(ours), "TFLOP"),
         Figure("fsdp 4: FLOPs / MaxText's", tera(ours) / MAXTEXT_TFLOP, "x", "at most", 1.0),
@@ -70,7 +95,7 @@ def fsdp() -> list[Figure]:
 
 def expert() -> list[Figure]:
     """Experts split over four devices, beside parameters split over four."""
-    split, ours = (aot.report(olmoe(mesh), "v5p:2x2x1") for mesh in (Mesh(fsdp=4), Mesh(expert=4)))
+    split, ours = (compiled(olmoe(mesh), "v5p:2x2x1") for mesh in (Mesh(fsdp=4), Mesh(expert=4)))
     return [
         Figure("expert 4: FLOPs / fsdp 4's", ours.compiled_flops / split.compiled_flops, "x", "at most", 1.15),
         Figure("expert 4: memory / fsdp 4's", gibi(ours) / gibi(split), "x", "at most", 1.3),
@@ -78,47 +103,84 @@ def expert() -> list[Figure]:
     ]
 
 
+def on_32_chips(ours: aot.Report, name: str) -> list[Figure]:
+    """Whether Mixtral-8x7B fits."""
+    if ours.refusal:
+        print(f"  {ours.refusal}")
+        return [Figure(f"{name}: fits", 0.0, "", "at least", 1.0)]
+    return [
+        Figure(f"{name}: memory", gibi(ours), "GiB"),
+        Figure(f"{name}: memory / the chip's", ours.total_memory / ours.hbm, "x", "at most", 1.0),
+        Figure(f"{name}: compiled / model FLOPs", ours.compiled_flops / ours.model_flops, "x"),
+        *moved(ours, name),
+    ]
+
+
 def mixtral() -> list[Figure]:
     """Mixtral-8x7B on 32 chips, where MaxText's ran out of memory."""
-    ours = aot.report(recipe.load(RECIPES / "mixtral_8x7b.py"), "v5p:2x4x4")
-    return [
-        Figure("mixtral_8x7b on 32 chips: memory / the chip's", ours.total_memory / ours.hbm, "x", "at most", 1.0),
-        Figure("mixtral_8x7b on 32 chips: compiled / model FLOPs", ours.compiled_flops / ours.model_flops, "x"),
-    ]
+    ours = compiled(recipe.load(RECIPES / "mixtral_8x7b.py"), "v5p:2x4x4")
+    return on_32_chips(ours, "mixtral_8x7b on 32 chips")
+
+
+def unrolled(layers: int) -> list[Figure]:
+    """The same with the layers one after another, each a group of its own, as MaxText's were when it ran out."""
+    settings = recipe.load(RECIPES / "mixtral_8x7b.py")
+    model = dataclasses.replace(settings.model, layers=(LayerGroup(settings.model.layers[0].pattern),) * layers)
+    ours = compiled(dataclasses.replace(settings, model=model), "v5p:2x4x4")
+    name = f"mixtral_8x7b on 32 chips, {layers} layers unrolled"
+    return [*on_32_chips(ours, name), Figure(f"{name}: compile time", ours.compile_seconds, "s")]
 
 
 def depth() -> list[Figure]:
     """Seconds to compile, of more layers."""
-    # The first compilation of a process also loads the compiler: it is left out.
-    _, few, many = (aot.report(olmoe(Mesh(fsdp=4), layers), "v5p:2x2x1").compile_seconds for layers in (2, 4, 32))
+    # The first compilation of a process also loads the compiler: the one of 16 layers, if no part before had it.
+    _, few, many = (compiled(olmoe(Mesh(fsdp=4), layers), "v5p:2x2x1").compile_seconds for layers in (16, 4, 32))
     return [Figure("compile time, 32 layers / 4", many / few, "x", "at most", 1.3)]
 
 
 def scaling() -> list[Figure]:
-    """Weak scaling: fsdp over 64 chips, data over the rest. A step is predicted as the compiler's time for its fusions
-    plus kernels at the chip's peak, then collectives at the peak of the links, all of them hidden or none."""
+    """Weak scaling on paper: Mixtral-8x7B, 16,384 tokens for each chip, everything recomputed. It assumes
+    - fusions take the compiler's own estimate, kernels (experts, attention) their FLOPs at the chip's peak;
+    - collectives run at the peak of the links along two sides of three, where fsdp runs; all of them hide behind the
+      work ("hidden"), or none does ("not hidden");
+    - every expert gets equally many rows; no chip waits for text, for a slower one, or for a checkpoint;
+    - one slice, so that no byte leaves the chips' own links."""
     figures = []
-    for topology, chips in (("v5p:4x4x4", 64), ("v5p:8x8x8", 512), ("v5p:16x16x16", 4096)):
-        settings = recipe.load(RECIPES / "mixtral_8x7b.py")
-        mesh = Mesh(fsdp=64, data=chips // 64)
-        seconds = aot.report(dataclasses.replace(settings, mesh=mesh, batch_size=4 * chips), topology).seconds
-        work, links = seconds["fusions"] + seconds["kernels"], seconds["collectives"]
-        figures.append(Figure(f"mixtral_8x7b on {chips} chips: step, collectives hidden", max(work, links), "s"))
-        figures.append(Figure(f"mixtral_8x7b on {chips} chips: step, none hidden", work + links, "s"))
+    for topology, mesh in SIZES.items():
+        chips = mesh.data * mesh.fsdp
+        settings = dataclasses.replace(recipe.load(RECIPES / "mixtral_8x7b.py"), mesh=mesh, batch_size=4 * chips)
+        ours, name = compiled(settings, topology), f"mixtral_8x7b on {chips} chips"
+        chip = CHIPS[topology.partition(":")[0]]
+        work, links = ours.seconds["fusions"] + ours.seconds["kernels"], ours.seconds["collectives"] * 3 / 2
+        figures += [
+            Figure(f"{name}: memory", gibi(ours), "GiB"),
+            Figure(f"{name}: fusions", ours.seconds["fusions"], "s"),
+            Figure(f"{name}: kernels", ours.seconds["kernels"], "s"),
+            *moved(ours, name),
+            Figure(f"{name}: links", links, "s"),
+        ]
+        for overlap, step in (("hidden", max(work, links)), ("not hidden", work + links)):
+            figures += [
+                Figure(f"{name}: step, {overlap}", step, "s"),
+                Figure(f"{name}: model FLOPs of the peak, {overlap}", ours.model_flops / chip.flops / step, "x"),
+            ]
     return figures
-
-
-PARTS: dict[str, Callable[[], list[Figure]]] = {part.__name__: part for part in (fsdp, expert, mixtral, depth, scaling)}
 
 
 def main() -> None:
     """Compiles and prints."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--only", nargs="+", choices=tuple(PARTS), default=list(PARTS))
+    usual: dict[str, Callable[[], list[Figure]]] = {of.__name__: of for of in (fsdp, expert, mixtral, depth, scaling)}
+    parser.add_argument("--only", nargs="+", choices=(*usual, "unrolled"), default=list(usual))
+    parser.add_argument("--layers", type=int, default=32, help="of the part `unrolled`")
     parser.add_argument("--json", type=Path)
     args = parser.parse_args()
     jax.config.update("jax_platforms", "cpu")
-    figures = [figure for name in args.only for figure in PARTS[name]()]
+    parts = usual | {"unrolled": functools.partial(unrolled, args.layers)}
+    start, figures = time.monotonic(), []
+    for name in args.only:
+        print(f"{name}, after {time.monotonic() - start:.0f} s: {(usual.get(name) or unrolled).__doc__}", flush=True)
+        figures += parts[name]()
     report("train steps compiled for TPU, each figure of one device", figures, args.json)
 
 

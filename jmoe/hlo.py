@@ -162,7 +162,9 @@ class _Counting:
         elif kind in COLLECTIVES:
             # TPUs write a reduce-scatter as an all-reduce of which each device keeps its part.
             kind = "reduce-scatter" if scatters and kind == "all-reduce" else kind
-            operands = sum(shape.bytes for name in instruction.operands for shape in computation[name].shapes)
+            sizes = [shape.bytes for name in instruction.operands for shape in computation[name].shapes]
+            # A ragged one names its rows, the buffer that takes them, and offsets: as if the smaller of the two moved.
+            operands = min(sizes[:2]) if kind == "ragged-all-to-all" else sum(sizes)
             # A collective that is under way in several fusions is named by each; the one without a flag stands for all.
             if not re.search(r'"async_collective_fusion_config":\{"flag_start":"\d', attributes):
                 total.moved[kind] += operands * _received(kind, group_size(attributes, self.devices))
@@ -172,7 +174,7 @@ class _Counting:
         elif opcode == "while" and not re.search(rf'op_name="[^"]*{IDLE}/while"', attributes):
             condition, body = (re.search(rf"{part}=%?([\w.-]+)", attributes) for part in ("condition", "body"))
             assert condition and body
-            trips = trip_count(self.computations[condition[1]], attributes)
+            trips = trip_count(self.computations[condition[1]], self.computations[body[1]], attributes)
             total.unknown_loops += trips is None
             total.add(self.of(body[1]), 1 if trips is None else trips)
         elif opcode == "conditional":
@@ -225,15 +227,25 @@ def group_size(attributes: str, devices: int) -> int:
     return len(listed[1].split(",")) if listed else devices
 
 
-def trip_count(condition: Computation, attributes: str = "") -> int | None:
-    """How often a loop runs whose counter goes up from 0 by 1; None if it cannot be read."""
+def trip_count(condition: Computation, body: Computation, attributes: str = "") -> int | None:
+    """How often a loop runs whose counter goes up from 0; None if it cannot be read."""
     if known := re.search(r'known_trip_count":\{"n":"(\d+)"', attributes):
         return int(known[1])
     compared = [instruction for instruction in condition.values() if instruction.opcode == "compare"]
     bounds = [i for i in condition.values() if i.opcode == "constant" and i.shapes and not i.shapes[0].dims]
     if len(compared) == 1 and "direction=LT" in compared[0].attributes and len(bounds) == 1:
-        return int(bounds[0].literal)
+        return math.ceil(int(bounds[0].literal) / _step(condition[compared[0].operands[0]], body))
     return None
+
+
+def _step(counter: Instruction, body: Computation) -> int:
+    """What the body of a loop adds to its counter: 2 where XLA has put two rounds into one; 1 if it cannot be read."""
+    place, result = re.search(r"index=(\d+)", counter.attributes), list(body.values())[-1]
+    if place is None or result.opcode != "tuple":
+        return 1
+    added = body[result.operands[int(place[1])]]
+    terms = [body[term] for term in added.operands] if added.opcode == "add" else []
+    return next((int(term.literal) for term in terms if term.opcode == "constant"), 1)
 
 
 def dot_flops(out: Shape, left: Shape, right: Shape, attributes: str) -> float:

@@ -18,15 +18,6 @@ if PLATFORM == "cpu":
     # as processes compile as they do for users.
     flags = f"--xla_force_host_platform_device_count={DEVICES} --xla_backend_optimization_level=0"
     os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {flags}".strip()
-    # libtpu compiles without a TPU, but looks for one, and for the network's word on it, where these are not said.
-    # Several processes may have it loaded at a time.
-    for name, value in {
-        "TPU_SKIP_MDS_QUERY": "1",
-        "TPU_ACCELERATOR_TYPE": "v5litepod-4",
-        "TPU_WORKER_HOSTNAMES": "localhost",
-        "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",
-    }.items():
-        os.environ.setdefault(name, value)
 
 import jax  # noqa: E402
 import pytest  # noqa: E402

@@ -73,11 +73,27 @@ def test_bytes_that_a_device_receives():
     assert work.unknown_kernels == {"silent": 5}
 
 
+def test_a_ragged_exchange_moves_rows_and_not_the_buffer_they_go_to():
+    sent = (
+        "  %sent = bf16[64,16]{1,0} ragged-all-to-all(%own.1, %gathered, %i, %i, %i, %i), replica_groups=[2,4]<=[8]\n"
+    )
+    place = PROGRAM.index("  %fusion =")
+    work = hlo.work(PROGRAM[:place] + sent + PROGRAM[place:])
+    assert work.moved["ragged-all-to-all"] == 5 * 512 * 3 / 4
+
+
 def test_a_collective_under_way_in_several_fusions_counts_once():
     flag = '"async_collective_fusion_config":{"flag_start":"2","flag_end":"8"}'
     again = "  %more = bf16[64,16]{1,0} all-gather(%own.1), replica_groups=[2,4]<=[8], backend_config={" + flag + "}\n"
     place = PROGRAM.index("  %gathered")
     assert hlo.work(PROGRAM[:place] + again + PROGRAM[place:]).moved == hlo.work(PROGRAM).moved
+
+
+def test_a_loop_with_two_rounds_in_one_runs_half_as_often():
+    two = "  %two = s32[] constant(2)\n  %later = s32[]{:T(128)} add(%i, %two)\n"
+    place = PROGRAM.index("  ROOT %next")
+    program = PROGRAM[:place] + two + PROGRAM[place:].replace(" tuple(%i,", " tuple(%later,", 1)
+    assert hlo.work(program).products == 3 * 2 * 32 * 64 * 16
 
 
 def test_a_loop_whose_end_is_not_known_is_told():

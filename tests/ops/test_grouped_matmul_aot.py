@@ -6,9 +6,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from jax.experimental import topologies
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
+from jmoe.aot import topology_devices
 from jmoe.ops import grouped_matmul as module
 from jmoe.ops.grouped_matmul import grouped_matmul, ragged_dot
 
@@ -39,7 +39,7 @@ def kernels(program):
 
 
 def chips(topology, count):
-    devices = topologies.get_topology_desc(topology, "tpu").devices[:count]
+    devices = topology_devices(topology)[0][:count]
     return Mesh(np.array(devices), ("data",), axis_types=(AxisType.Auto,))
 
 

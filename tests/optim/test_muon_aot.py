@@ -2,9 +2,9 @@
 
 import jax
 import pytest
-from jax.experimental import topologies
 
 from jmoe import config, hlo, optim, sharding, training
+from jmoe.aot import topology_devices
 from jmoe.optim.roles import by_path
 
 pytestmark = pytest.mark.aot
@@ -22,7 +22,7 @@ MUON = config.Muon()
 
 def test_chips_share_the_work_and_none_has_a_whole_stack():
     settings = config.Config(model=MODEL, optim=MUON, mesh=config.Mesh(fsdp=2, expert=2))
-    mesh = sharding.make_mesh(settings.mesh, topologies.get_topology_desc("v5e:2x2", "tpu").devices)
+    mesh = sharding.make_mesh(settings.mesh, topology_devices("v5e:2x2")[0])
     state = training.abstract_state(settings, mesh)
     shardings = jax.tree.map(lambda x: x.sharding, (state.params, state.opt_state))
     update = jax.jit(optim.transformation(MUON).update, out_shardings=shardings)
