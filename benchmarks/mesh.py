@@ -179,9 +179,12 @@ def main() -> None:
     parts = usual | {"unrolled": functools.partial(unrolled, args.layers)}
     start, figures = time.monotonic(), []
     for name in args.only:
-        print(f"{name}, after {time.monotonic() - start:.0f} s: {(usual.get(name) or unrolled).__doc__}", flush=True)
-        figures += parts[name]()
-    report("train steps compiled for TPU, each figure of one device", figures, args.json)
+        print(f"\n{name}, after {time.monotonic() - start:.0f} s: {(usual.get(name) or unrolled).__doc__}", flush=True)
+        found = parts[name]()
+        report(f"{name}: train steps compiled for TPU, each figure of one device", found)
+        figures += found
+    if args.json:
+        report("all parts", figures, args.json)
 
 
 if __name__ == "__main__":
