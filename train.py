@@ -93,9 +93,8 @@ def main(argv: list[str]) -> int:
                 check_resume(was, now, allow_learning_rate=options.allow_learning_rate_change)
             text = tokenizer.load(config.data)
             check_vocabulary(text, config)
-            starting = None if checkpoints.steps() else options.init_from  # a run that goes on is its own start
-            if starting is not None:
-                check_start(starting, config, text)
+            if options.init_from is not None and not checkpoints.steps():  # a run that goes on is its own start
+                check_start(options.init_from, config, text)
             train_data, validation_data = prepare(config.data, text, "train"), prepare(config.data, text, "validation")
         fingerprints = {
             "tokenizer": text.fingerprint,
@@ -118,7 +117,7 @@ def main(argv: list[str]) -> int:
                 log.warning("%s holds no checkpoint, so the run begins anew", run.path)
             restored = origin and origin.restore(wanted)
         if restored is None:
-            given = None if starting is None else read_parameters(starting, state_shape.params)[1]
+            given = None if options.init_from is None else read_parameters(options.init_from, state_shape.params)[1]
             state = training.create_state(config, mesh)
             if given is not None:
                 state = training.begin_with(state, given)
