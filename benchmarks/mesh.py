@@ -11,7 +11,7 @@ Mixtral-8x7B, four sequences for each device, on 64, 512 and 4096 chips.
 unrolled: Mixtral-8x7B on 32 chips with its layers one after another in the program in place of a loop; it runs only
 when it is asked for, since its time to compile grows with them: --layers compiles fewer.
 
-A program compiles in one or two minutes of one core, nine of them but for `unrolled`.
+The eight programs of all parts but `unrolled` take about ten minutes of one core.
 """
 
 import argparse
