@@ -58,8 +58,8 @@ def run_layers(params: Transformer, batch: Batch, settings: config.Config) -> Ou
 def forward(params: Transformer, batch: Batch, settings: config.Config) -> tuple[Sums, MaxLogits]:
     """Runs the model on a (micro-)batch: its sums, and of each head the highest attention logit, [repeats, N]."""
     outputs = run_layers(params, batch, settings)
-    sums = _cross_entropy(outputs.hidden, params.head_weight(), batch, settings.loss)
-    return Sums(*sums, outputs.stats), jax.tree.map(lambda rows: rows.max(1), outputs.max_logits)
+    loss, nll, z_squared = _cross_entropy(outputs.hidden, params.head_weight(), batch, settings.loss)
+    return Sums(loss, nll, z_squared, outputs.stats), jax.tree.map(lambda rows: rows.max(1), outputs.max_logits)
 
 
 def _cross_entropy(hidden: Array, head: Array, batch: Batch, settings: config.Loss) -> tuple[Array, ...]:
