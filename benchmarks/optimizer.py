@@ -10,7 +10,6 @@ time of the iteration's products alone, with nothing to add or transpose between
 
 import argparse
 import dataclasses
-import math
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -60,8 +59,7 @@ def matrices() -> dict[str, Any]:
 
 def products(dtype: str, parameter: Any) -> jax.Array:
     """Those of the iteration on a parameter's matrices, one matrix after another, each of what the one before gave."""
-    places = sides(logical_axes(parameter), "together")
-    small, large = sorted(math.prod(parameter.shape[place] for place in side) for side in places)
+    small, large = sorted(sides(logical_axes(parameter), "together").sizes(parameter.shape))
 
     def product(a, b):
         return jnp.matmul(a, b, preferred_element_type=jnp.float32).astype(dtype)

@@ -128,7 +128,7 @@ def iteration_flops(rule: Any, params: Any) -> float:
     for variable in jax.tree.leaves(params, is_leaf=is_variable):
         axes, shape = logical_axes(variable), variable.shape
         if is_matrix(rule, axes):
-            m, n = sorted(math.prod(shape[place] for place in places) for places in sides(axes, rule.heads))
+            m, n = sorted(sides(axes, rule.heads).sizes(shape))
             total += math.prod(shape) / (m * n) * rule.iterations * (4 * m * m * n + 2 * m**3)
     return total
 

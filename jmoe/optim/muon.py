@@ -1,6 +1,5 @@
 """Muon and NorMuon: matrices are moved by their orthogonalised momentum, all else by AdamW."""
 
-import math
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -84,7 +83,7 @@ def orthogonalised(optim: config.Muon, matrices: dict[str, Any]) -> dict[str, An
     rounded = {path: variable[...].astype(optim.iteration_dtype) for path, variable in matrices.items()}
     done = {}
     for path, x in each_matrix(work, rounded, stacks).items():
-        rows, columns = (math.prod(x.shape[place] for place in places) for places in stacks[path].sides)
+        rows, columns = stacks[path].sides.sizes(x.shape)
         done[path] = matrices[path].replace(update_scale(optim, rows, columns) * x.astype(jnp.float32))
     return done
 

@@ -1,7 +1,7 @@
 """What a parameter is to the optimiser, from the logical axes that it was declared with."""
 
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, Literal, NamedTuple
 
 import jax
@@ -48,6 +48,11 @@ class Sides(NamedTuple):
     rows: tuple[int, ...]
     columns: tuple[int, ...]
 
+    def sizes(self, shape: Sequence[int]) -> tuple[int, int]:
+        """Rows and columns of each matrix of a parameter of this shape."""
+        rows, columns = (math.prod(shape[place] for place in places) for places in self)
+        return rows, columns
+
 
 def sides(axes: tuple[str, ...], heads: Literal["together", "apart"]) -> Sides:
     """The sides of the matrices of a parameter with these logical axes, one of which is `embed`."""
@@ -87,7 +92,7 @@ def _rows(optim: config.Optimiser, params: Mapping[str, Any]) -> Iterator[tuple[
             continue
         rule, matrices, scale = "AdamW", "-", "1"
         if isinstance(optim, config.Muon) and is_matrix(optim, axes):
-            rows, columns = (math.prod(shape[place] for place in places) for places in sides(axes, optim.heads))
+            rows, columns = sides(axes, optim.heads).sizes(shape)
             rule, matrices = type(optim).__name__, f"{math.prod(shape) // (rows * columns)} x ({rows}, {columns})"
             scale = f"{update_scale(optim, rows, columns):.4g}"
             if isinstance(optim, config.NorMuon):
