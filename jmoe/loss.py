@@ -69,11 +69,13 @@ def _cross_entropy(hidden: Array, head: Array, batch: Batch, settings: config.Lo
     if undivided():
         return sums(hidden, head, batch.targets, batch.loss_mask)
 
-    # Gathered by hand: the gradient of that is a reduce-scatter, where XLA may make an all-reduce of it.
+    # Gathered by hand: the gradient of that is a reduce-scatter, where XLA may make an all-reduce of it. Each device's
+    # rows are a matrix of their own there, since of one matrix whose columns do not divide as it likes (50304) XLA for
+    # TPU sums all rows on every device.
     axes = TABLE["embed"]
 
     def on_device(hidden, head, *arrays):
-        head = jax.lax.all_gather(head, axes, axis=0, tiled=True)
+        head = jax.lax.all_gather(head, axes).reshape(-1, head.shape[1])
         return tuple(part[None] for part in sums(hidden, head, *arrays))
 
     by_row = PartitionSpec(TABLE["batch"])
