@@ -2,7 +2,7 @@
 
 Command:   python train.py configs/dynamic_374m.py --data.sources.0.glob "texts/**/*.jsonl.zst"
 Hardware:  16 chips of TPU v5e; checked without one: python -m jmoe.aot configs/dynamic_374m.py --topology v5e:4x4
-Expected:  fits: 6.1 of 16 GiB at the peak; a chip's step of 16,384 tokens compiles to 150 TFLOP,
+Expected:  fits: 6.1 of 16 GiB at the peak; a chip's step of 16,384 tokens compiles to 132 TFLOP,
            of the model 105. Not trained yet
 """
 

@@ -3,7 +3,7 @@
 
 Command:   python train.py configs/hetero_3b.py --data.sources.0.glob "texts/**/*.jsonl.zst"
 Hardware:  16 chips of TPU v5e; checked without one: python -m jmoe.aot configs/hetero_3b.py --topology v5e:4x4
-Expected:  fits: 5.4 of 16 GiB at the peak; a chip's step of 8,192 tokens compiles to 192 TFLOP,
+Expected:  fits: 5.4 of 16 GiB at the peak; a chip's step of 8,192 tokens compiles to 180 TFLOP,
            of the model 56, as the kernels of each of the three widths claim every row. Not trained yet
 """
 

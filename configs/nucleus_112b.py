@@ -3,7 +3,7 @@ whose threshold keeps tokens at 6 experts in the mean, and at most 8; the first 
 
 Command:   python train.py configs/nucleus_112b.py --data.sources.0.glob "texts/**/*.jsonl.zst"
 Hardware:  256 chips of TPU v5p; checked without one: python -m jmoe.aot configs/nucleus_112b.py --topology v5p:4x8x8
-Expected:  fits: 32.7 of 95 GiB at the peak; a chip's step of 8,192 tokens compiles to 891 TFLOP,
+Expected:  fits: 32.7 of 95 GiB at the peak; a chip's step of 8,192 tokens compiles to 882 TFLOP,
            of the model 624. Not trained yet
 """
 

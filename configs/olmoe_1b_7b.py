@@ -2,7 +2,7 @@
 
 Command:   python train.py configs/olmoe_1b_7b.py --data.sources.0.glob "texts/**/*.jsonl.zst"
 Hardware:  128 chips of TPU v5p; checked without one: python -m jmoe.aot configs/olmoe_1b_7b.py --topology v5p:4x4x8
-Expected:  fits: 11.5 of 95 GiB at the peak; a chip's step of 32,768 tokens compiles to 361 TFLOP,
+Expected:  fits: 11.5 of 95 GiB at the peak; a chip's step of 32,768 tokens compiles to 354 TFLOP,
            of the model 285. Not trained yet
 """
 
