@@ -4,7 +4,6 @@ The run's own config says all that is needed. Prints the figures and writes them
 prints generated text instead. Exit codes: 0 done, 1 no checkpoint can be used, 2 bad input.
 """
 
-import dataclasses
 import json
 import logging
 import sys
@@ -17,7 +16,7 @@ from jmoe.allocator import keep_freed_memory
 from jmoe.checkpoint import CheckpointError
 from jmoe.config import InputError, require
 from jmoe.data.pipeline import validation_batches
-from jmoe.data.prepare import prepare
+from jmoe.data.prepare import prepare_held_out
 from jmoe.evaluation.perplexity import evaluate
 from jmoe.evaluation.routing_table import routing_table
 from jmoe.generate import Sampling
@@ -64,9 +63,7 @@ def main(argv: list[str]) -> int:
         return 0
 
     settings, data = run.settings, run.settings.data
-    if options.data is not None:
-        data = dataclasses.replace(data, validation=(config.Files(glob=options.data),))
-    prepared = prepare(data, run.tokenizer, "validation")
+    prepared = prepare_held_out(data, run.tokenizer, options.data)
     if options.data is None:
         found = source_fingerprints("validation", (source.fingerprint for source in prepared))
         known = {name: own for name, own in found.items() if name in run.fingerprints}  # a converted run has none

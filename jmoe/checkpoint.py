@@ -19,7 +19,7 @@ import json
 import logging
 import os
 import shutil
-from collections.abc import Callable, Collection, Iterable
+from collections.abc import Collection
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -29,6 +29,7 @@ from orbax.checkpoint import v1 as ocp
 
 from jmoe.distributed import from_first, together
 from jmoe.run_directory import sync_folder, write_json
+from jmoe.threads import in_threads
 
 MANIFEST = "manifest.json"
 ITEMS = "items.json"
@@ -382,12 +383,6 @@ def _manifest(path: Path) -> dict[str, Any]:
 def _sha256(file: Path) -> str:
     with file.open("rb") as stream:
         return hashlib.file_digest(stream, "sha256").hexdigest()
-
-
-def in_threads(function: Callable[[Any], Any], items: Iterable[Any]) -> list[Any]:
-    """What the function gives for each item, of which it gets several at a time. Raises what it raises."""
-    with ThreadPoolExecutor(max_workers=4) as threads:
-        return list(threads.map(function, items))
 
 
 def _discard(path: Path) -> None:

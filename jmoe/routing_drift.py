@@ -15,7 +15,8 @@ import jmoe
 from jmoe import recipe
 from jmoe.checkpoint import CheckpointError, Checkpoints
 from jmoe.config import InputError, require
-from jmoe.convert.held_out import batches_of, prepare_text
+from jmoe.convert.held_out import batches_of
+from jmoe.data.prepare import prepare_held_out
 from jmoe.evaluation import routing_drift
 from jmoe.evaluation.routing_drift import Drift, chosen_experts, drift_table, expert_similarity, plot_drift
 from jmoe.run_directory import RunDirectory, write_json
@@ -51,7 +52,7 @@ def main(argv: list[str]) -> None:
         len(steps) > 1,
         f"{run_dir} has one checkpoint, and a change takes two; train with checkpoint.keep_every to keep more",
     )
-    batches = batches_of(prepare_text(last.settings, last.tokenizer, options.data), options.tokens)
+    batches = batches_of(prepare_held_out(last.settings.data, last.tokenizer, options.data), options.tokens)
     final = chosen_experts(last.params, last.settings.model, batches)
     require(bool(final), f"{run_dir} is dense: it has no mixture of experts")
 

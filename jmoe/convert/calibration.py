@@ -12,8 +12,9 @@ from jaxtyping import Array, Bool, Float
 from jmoe import config
 from jmoe.batch import Batch
 from jmoe.config import require
-from jmoe.convert.held_out import batches_of, prepare_text
+from jmoe.convert.held_out import batches_of
 from jmoe.convert.runs import Run
+from jmoe.data.prepare import prepare_held_out
 from jmoe.flops import feed_forwards
 from jmoe.language_model import LanguageModel
 from jmoe.model.expert_parallel import local_experts
@@ -91,7 +92,7 @@ def calibrate(run_dir: str, step: int | None, glob: str | None, tokens: int) -> 
     settings = feed_forwards(run.settings.model)
     moes = {i: each for i, each in enumerate(settings) if isinstance(each, config.MoE)}
     require(bool(moes), f"{run_dir} is dense: it has no experts")
-    batches = batches_of(prepare_text(run.settings, run.tokenizer, glob), 2 * tokens)
+    batches = batches_of(prepare_held_out(run.settings.data, run.tokenizer, glob), 2 * tokens)
     given, held_out = (batches[::2], batches[1::2]) if len(batches) > 1 else (batches, batches)
     count = [f"{sum(int((b.segment_ids > 0).sum()) for b in part):,}" for part in (given, held_out)]
     others = "others" if len(batches) > 1 else "the same"

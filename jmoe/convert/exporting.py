@@ -12,7 +12,6 @@ import ml_dtypes
 import numpy as np
 
 from jmoe import config, recipe
-from jmoe.checkpoint import in_threads
 from jmoe.config import InputError, require
 from jmoe.convert.families import Family, family_of
 from jmoe.convert.huggingface.common import NotRepresented
@@ -21,6 +20,7 @@ from jmoe.convert.runs import Run
 from jmoe.convert.shards import Planned, Writer
 from jmoe.flops import feed_forwards
 from jmoe.folder import check_new, new_folder
+from jmoe.threads import in_threads
 
 DTYPES = {"float32": np.dtype(np.float32), "bf16": np.dtype(ml_dtypes.bfloat16)}
 _UNITS = {"KB": 10**3, "MB": 10**6, "GB": 10**9, "": 1}

@@ -1,6 +1,5 @@
 """What a conversion is measured on, and by how much a model differs from the one it was made of."""
 
-import dataclasses
 from collections.abc import Sequence
 from typing import NamedTuple
 
@@ -12,19 +11,11 @@ from jaxtyping import Array, Float
 from jmoe import config
 from jmoe.batch import Batch
 from jmoe.data.pipeline import validation_batches
-from jmoe.data.prepare import Prepared, prepare
-from jmoe.data.tokenizer import Tokenizer
+from jmoe.data.prepare import Prepared
 from jmoe.model.attention import positions_in_row
 from jmoe.model.transformer import Transformer
-from jmoe.model.walk import Visit, apply, layers_of, walk
-
-
-def prepare_text(settings: config.Config, tokenizer: Tokenizer, glob: str | None) -> tuple[Prepared, ...]:
-    """The run's own held-out text, or that of files. Raises InputError where it cannot be read."""
-    data = settings.data
-    if glob is not None:
-        data = dataclasses.replace(data, validation=(config.Files(glob=glob),))
-    return prepare(data, tokenizer, "validation")
+from jmoe.model.walk import apply, layers_of, walk
+from jmoe.ops.cross_entropy import cross_entropy
 
 
 def batches_of(prepared: Sequence[Prepared], tokens: int) -> list[Batch]:
@@ -49,7 +40,7 @@ def mean_loss(params: Transformer, model: config.Model, batches: Sequence[Batch]
     total = count = 0.0
     for batch in batches:
         *_, last = walk(params, model, batch)
-        total += float(_loss(_logits(params, last), batch))
+        total += float(_loss(params, last.residual, batch))
         count += float(batch.loss_mask.sum())
     return total / max(count, 1.0)
 
@@ -75,15 +66,11 @@ def difference(old: Transformer, new: Transformer, was: config.Model, now: confi
             found[index] = float(_norm(changed, valid) / _norm(visit.outputs, valid))
     *_, last = walk(new, now, batch)
     assert visit is not None
-    before, after = _logits(old, visit), _logits(new, last)
+    before, after = (params.logits(params.final_norm(x)) for params, x in ((old, visit.residual), (new, last.residual)))
     largest = [float(jnp.abs(logits * valid[..., None]).max()) for logits in (after - before, before)]
     count = max(float(batch.loss_mask.sum()), 1.0)
-    losses = float(_loss(before, batch)) / count, float(_loss(after, batch)) / count
+    losses = float(_loss(old, visit.residual, batch)) / count, float(_loss(new, last.residual, batch)) / count
     return Difference(found, largest[0] / largest[1], losses)
-
-
-def _logits(params: Transformer, last: Visit) -> Array:
-    return params.logits(params.final_norm(last.residual))
 
 
 def _norm(x: Float[Array, "B S D"], valid: Array) -> Array:
@@ -91,7 +78,7 @@ def _norm(x: Float[Array, "B S D"], valid: Array) -> Array:
 
 
 @jax.jit
-def _loss(logits: Float[Array, "B S V"], batch: Batch) -> Array:
-    """Summed over the targets."""
-    likelihood = jnp.take_along_axis(jax.nn.log_softmax(logits), batch.targets[..., None], -1)[..., 0]
-    return -jnp.sum(likelihood * batch.loss_mask)
+def _loss(params: Transformer, residual: Float[Array, "B S D"], batch: Batch) -> Array:
+    """Cross-entropy summed over the targets, nats, of the residual stream after the last layer."""
+    hidden, chunk_tokens = params.final_norm(residual), config.Loss.chunk_tokens
+    return cross_entropy(hidden, params.head_weight(), batch.targets, batch.loss_mask, chunk_tokens, z_weight=0.0)[1]

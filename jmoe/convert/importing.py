@@ -11,7 +11,6 @@ from typing import Any
 import numpy as np
 
 from jmoe import config, recipe
-from jmoe.checkpoint import in_threads
 from jmoe.config import InputError, require
 from jmoe.convert.families import Family, family_named
 from jmoe.convert.mapping import Piece, pieces
@@ -21,6 +20,7 @@ from jmoe.convert.verify import verify
 from jmoe.data.tokenizer import Tokenizer
 from jmoe.folder import check_new
 from jmoe.language_model import check_vocabulary
+from jmoe.threads import in_threads
 
 log = logging.getLogger("jmoe")
 

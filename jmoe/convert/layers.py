@@ -5,7 +5,7 @@ from collections.abc import Callable, Sequence
 import numpy as np
 
 from jmoe import config
-from jmoe.convert.mapping import parameter_shapes
+from jmoe.convert.mapping import parameter_shapes, stacks
 from jmoe.flops import places
 
 # A parameter, or a part of it, as `jmoe.convert.runs.Run.read` gives it; a layer's own by its index and local name.
@@ -47,12 +47,11 @@ def by_layer(model: config.Model, read: Read) -> ReadLayer:
 
 def write_layers(model: config.Model, read: Read, of_layer: ReadLayer, write: Write) -> None:
     """Writes all parameters of `model`: those of layers are what `of_layer` gives, the others are `read`."""
-    where = places(model)
+    layers = stacks(model)
     for name in parameter_shapes(model):
         if not name.startswith("layers/"):
             write(name, (), read(name, ()))
             continue
         _, g, i, local = name.split("/", 3)
-        for layer, place in enumerate(where):
-            if place[:2] == (int(g), int(i)):
-                write(name, place[2:], of_layer(layer, local))
+        for repeat, layer in enumerate(layers[int(g), int(i)]):
+            write(name, (repeat,), of_layer(layer, local))

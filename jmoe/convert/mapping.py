@@ -7,6 +7,7 @@ says how a family names them, and `pieces` which part of which parameter each te
 
 import math
 import re
+from collections import defaultdict
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from functools import partial
@@ -81,27 +82,32 @@ def parameter_shapes(model: config.Model) -> dict[str, tuple[int, ...]]:
     return {name: leaf.shape for name, leaf in flatten(shapes).items()}
 
 
+def stacks(model: config.Model) -> Mapping[tuple[int, int], list[int]]:
+    """The layers whose parameters are stacked, in the order of the stack, by their group and place in its pattern."""
+    found = defaultdict(list)
+    for layer, (g, i, _) in enumerate(places(model)):
+        found[g, i].append(layer)
+    return found
+
+
 def pieces(model: config.Model, table: Table) -> Iterator[Piece]:
     """Every tensor of the model, in the order of the parameters. Raises InputError for a parameter without a name."""
-    where = places(model)
+    layers = stacks(model)
     for parameter, shape in parameter_shapes(model).items():
         if not (found := re.fullmatch(r"layers/(\d+)/(\d+)/(.*)", parameter)):
             yield _piece(parameter, (), shape, parameter, table)
             continue
         g, i, local = int(found[1]), int(found[2]), found[3]
-        in_bucket = re.fullmatch(r"(feed_forward/experts/)buckets/(\d+)/(.*)", local)
-        for layer, (of_group, of_pattern, repeat) in enumerate(where):
-            if (of_group, of_pattern) != (g, i):
-                continue
-            if not in_bucket:
+        if not (in_bucket := re.fullmatch(r"(feed_forward/experts/)buckets/(\d+)/(.*)", local)):
+            for repeat, layer in enumerate(layers[g, i]):
                 yield _piece(parameter, (repeat,), shape, local, table, layer=layer)
-                continue
-            moe = model.layers[g].pattern[i]
-            assert isinstance(moe, config.MoE)
-            width = sorted(set(moe.expert_widths))[int(in_bucket[2])]
-            experts = [e for e, its in enumerate(moe.expert_widths) if its == width]
+            continue
+        moe, name = model.layers[g].pattern[i], in_bucket[1] + in_bucket[3]
+        assert isinstance(moe, config.MoE)
+        width = sorted(set(moe.expert_widths))[int(in_bucket[2])]
+        experts = [e for e, its in enumerate(moe.expert_widths) if its == width]
+        for repeat, layer in enumerate(layers[g, i]):
             for e, expert in enumerate(experts):
-                name = in_bucket[1] + in_bucket[3]
                 yield _piece(parameter, (repeat, e), shape, name, table, layer=layer, expert=expert)
 
 

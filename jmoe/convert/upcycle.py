@@ -11,10 +11,11 @@ import numpy as np
 from jmoe import config, recipe
 from jmoe.config import InputError, require
 from jmoe.convert import importing
-from jmoe.convert.held_out import Difference, batches_of, difference, prepare_text, random_batch
+from jmoe.convert.held_out import Difference, batches_of, difference, random_batch
 from jmoe.convert.layers import Read, by_layer, group_layers, write_layers
 from jmoe.convert.mixture import Options, deviations, feed_forward, mixture, router_weight
 from jmoe.convert.runs import Run, write_run
+from jmoe.data.prepare import prepare_held_out
 from jmoe.flops import feed_forwards
 from jmoe.folder import check_new
 from jmoe.language_model import LanguageModel
@@ -124,7 +125,7 @@ def main(argv: list[str]) -> None:
             given = routers.settings.model, routers.read
         plan = Plan(run.settings.model, run.read, options, given)
         try:
-            batch = batches_of(prepare_text(run.settings, run.tokenizer, options.data), 4096)[0]
+            batch = batches_of(prepare_held_out(run.settings.data, run.tokenizer, options.data), 4096)[0]
             text = options.data or "the held-out text"
         except InputError as error:
             if options.data is not None:

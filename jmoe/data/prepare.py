@@ -5,6 +5,7 @@ piece begins with the last token of the piece before, so that every token of a d
 predicted exactly once. A record is independent of all others: its pieces are its segments 1, 2, ...
 """
 
+import dataclasses
 import fcntl
 import hashlib
 import itertools
@@ -21,7 +22,7 @@ import numpy as np
 from array_record.python.array_record_module import ArrayRecordWriter
 from jaxtyping import Integer
 
-from jmoe.config import Data, InputError, Source, require
+from jmoe.config import Data, Files, InputError, Source, require
 from jmoe.data.sources import Document, cache_directory, describe, fingerprint, held_out, watched
 from jmoe.data.tokenizer import Tokenizer
 
@@ -114,6 +115,13 @@ def prepare(data: Data, tokenizer: Tokenizer, split: Literal["train", "validatio
     corpus = data.validation if split == "validation" and data.validation else data.sources
     part = None if data.validation else (split, data.validation_fraction)
     return tuple(_prepare_source(source, part, split, data.seq_len, tokenizer, cache) for source in corpus)
+
+
+def prepare_held_out(data: Data, tokenizer: Tokenizer, glob: str | None) -> tuple[Prepared, ...]:
+    """The held-out text of the data, packed, or where `glob` is given that of the files it matches."""
+    if glob is not None:
+        data = dataclasses.replace(data, validation=(Files(glob=glob),))
+    return prepare(data, tokenizer, "validation")
 
 
 def _prepare_source(
