@@ -200,6 +200,23 @@ def test_what_jmoe_lacks_is_named(folder, entries, told):
     assert told in refused(folder)
 
 
+def test_every_tensor_is_written_once_in_any_order(tmp_path):
+    tensors = {name: np.full((2, 3), i, np.float32) for i, name in enumerate("abc")}
+    writer = Writer(tmp_path, [Planned(name, t.dtype, t.shape) for name, t in tensors.items()], 48)
+    for name in "cb":
+        writer.write(name, tensors[name])
+    for name, tensor in (("b", tensors["b"]), ("d", tensors["b"]), ("a", np.zeros((3, 2), np.float32))):
+        with pytest.raises(ValueError, match=f"{name} .* is given"):
+            writer.write(name, tensor)
+    with pytest.raises(ValueError, match="a were not written"):
+        writer.close()
+    writer.write("a", tensors["a"])
+    writer.close()
+    reader = Reader(tmp_path)
+    for name, tensor in tensors.items():
+        np.testing.assert_array_equal(reader.read(name), tensor)
+
+
 def test_headers_that_lie(tmp_path):
     def header(**entry) -> bytes:
         text = json.dumps({"a": {"dtype": "F32", "shape": [2], "data_offsets": [0, 8], **entry}}).encode()

@@ -27,6 +27,7 @@ from jmoe.model.walk import walk
 from jmoe.run_directory import RunDirectory
 
 MIXED = MoE(6, (4, 4, 4, 8, 8, 8), TopK(2, bias_rate=1e-3), identity_experts=1, shared_d_ff=8)
+MATRICES = ("gate", "up", "down")
 NUCLEUS = MoE(6, 8, Nucleus(0.4, experts_per_token=2.0), shared_d_ff=4)
 MODEL = config.Model(
     257,
@@ -193,6 +194,27 @@ def test_merging_weighs_by_tokens_and_puts_units_in_order():
     assert cut.shape == (16, 3)
     np.testing.assert_allclose(cut[:, 0], 0.75 * weight[:, 0] + 0.25 * weight[:, 1], atol=1e-5)
     np.testing.assert_array_equal(cut[:, 2], weight[:, 6])  # the identity expert
+
+
+def test_merging_with_a_shuffled_copy_changes_nothing():
+    stored_experts = {
+        matrix: stored()[f"layers/0/1/feed_forward/experts/buckets/0/{matrix}"][0].copy() for matrix in MATRICES
+    }
+    order = np.array([2, 0, 3, 1])  # not its own inverse
+    for matrix, experts in stored_experts.items():
+        experts[1] = experts[0][order] if matrix == "down" else experts[0][:, order]
+
+    def of_layer(layer, name):
+        return stored_experts[name.rsplit("/", 1)[1]]
+
+    of = Observed(np.float64(9), np.array([6.0, 2, 0, 1, 1, 1]), np.ones(6), np.ones(6), np.eye(6))
+    group = merge.merged(1, MIXED, of, [0, 2], of_layer, align=True)[0]
+    assert group.members == (0, 1)
+    fewer = Fewer(MODEL, read, {1: [group]}, {1: of})
+    fewer.old = of_layer
+    for matrix, experts in stored_experts.items():
+        made = fewer.of_layer(1, f"feed_forward/experts/buckets/0/{matrix}")
+        np.testing.assert_allclose(made, experts[:1], rtol=1e-5, atol=1e-6)
 
 
 @pytest.fixture(scope="module")

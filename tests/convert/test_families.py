@@ -1,6 +1,7 @@
 """Every family against transformers: the same model in both directions, logits, greedy tokens, gradients."""
 
 import dataclasses
+import json
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -11,7 +12,7 @@ import pytest
 
 import jmoe
 from jmoe.checkpoint import flatten
-from jmoe.config import Config, Data, Dense, LayerGroup, Model, MoE, TopK
+from jmoe.config import Config, Data, Dense, InputError, LayerGroup, Model, MoE, TopK
 from jmoe.convert.exporting import Options, export
 from jmoe.convert.importing import import_
 from jmoe.convert.mapping import parameter_shapes
@@ -165,6 +166,10 @@ def test_mistral_is_imported(tmp_path):
     byte_tokenizer().save(tmp_path / "tokenizer.json")
     check_import(transformers.MistralConfig(**fields, **heads, eos_token_id=256), tmp_path / "tokenizer.json", tmp_path)
     assert Run(tmp_path / "run").settings.model.head_dim == 8
+    config = tmp_path / "hf" / "config.json"
+    config.write_text(json.dumps(json.loads(config.read_text()) | {"sliding_window": 8}))
+    with pytest.raises(InputError, match="sliding_window = 8 is not supported"):
+        import_(tmp_path / "hf", tmp_path / "other")
 
 
 @pytest.mark.parametrize("family", ["qwen2_moe", "dots1"])
