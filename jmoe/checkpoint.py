@@ -19,7 +19,7 @@ import json
 import logging
 import os
 import shutil
-from collections.abc import Collection
+from collections.abc import Collection, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -177,7 +177,7 @@ class Checkpoints:
                 raise response
             response.result()
             if jax.process_index() == 0:
-                seal(path, described)
+                seal(path, described, {})
         except Exception as error:
             if jax.process_index() == 0:
                 _discard(path)
@@ -341,13 +341,14 @@ class Checkpoints:
                 shutil.rmtree(path, ignore_errors=True)
 
 
-def seal(path: Path, described: dict[str, dict[str, str]]) -> None:
+def seal(path: Path, described: dict[str, dict[str, str]], entries: Mapping[Path, tuple[int, str]]) -> None:
     """Writes what makes a step that Orbax has written count: `items.json`, then the manifest.
 
-    `described` has shape and dtype of each leaf of each item, such as "float32[3,4]".
+    `described` has shape and dtype of each leaf of each item, such as "float32[3,4]"; `entries` the size and SHA-256 of
+    files that are on the disk already.
     """
     write_json(path / ITEMS, described)
-    write_json(path / MANIFEST, _manifest(path))
+    write_json(path / MANIFEST, _manifest(path, entries))
 
 
 def _in_chunks(key: Any, value: Any) -> ocp.options.ArrayOptions.Saving.StorageOptions | None:
@@ -366,16 +367,18 @@ def _abstract(leaf: Any) -> Any:
     return leaf
 
 
-def _manifest(path: Path) -> dict[str, Any]:
-    """Size and SHA-256 of every file below `path`, each flushed to the disk on the way."""
+def _manifest(path: Path, entries: Mapping[Path, tuple[int, str]]) -> dict[str, Any]:
+    """Size and SHA-256 of every file below `path`, each flushed to the disk on the way unless `entries` has it."""
     names = sorted(str(file.relative_to(path)) for file in path.rglob("*") if file.is_file())
     for folder in {path / parent for name in names for parent in Path(name).parents}:
         sync_folder(folder)
 
-    def entry(file: Path) -> list[Any]:
+    def entry(file: Path) -> tuple[int, str]:
+        if file in entries:
+            return entries[file]
         with file.open("rb") as stream:
             os.fsync(stream.fileno())
-        return [file.stat().st_size, _sha256(file)]
+        return file.stat().st_size, _sha256(file)
 
     return {"files": dict(zip(names, in_threads(entry, [path / name for name in names]), strict=True))}
 

@@ -1,5 +1,6 @@
 """`python -m jmoe.convert import HF_DIR RUN_DIR`: a folder of a Hugging Face model as a run."""
 
+import itertools
 import json
 import logging
 import re
@@ -88,10 +89,12 @@ def import_(hf_dir: Path, run_dir: Path, options: Options = Options()) -> Family
     sources = find_sources(settings.model, family, reader)
 
     def write(writer: ParameterWriter) -> None:
-        def one(source: Source) -> None:
-            writer.write(source.piece.parameter, source.piece.index, source.read(reader))
+        def to_file(of_file: list[Source]) -> None:
+            for source in of_file:
+                writer.write(source.piece.parameter, source.piece.index, source.read(reader))
 
-        in_threads(one, sources)
+        by_file = itertools.groupby(sources, lambda source: writer.file(source.piece.parameter, source.piece.index))
+        in_threads(to_file, [list(of_file) for _, of_file in by_file])
 
     write_run(run_dir, settings, text, write)
     return family

@@ -10,7 +10,7 @@ import re
 from collections import defaultdict
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from functools import partial
+from functools import lru_cache, partial
 
 import jax
 import numpy as np
@@ -76,7 +76,8 @@ class Piece:
         return (contiguous(tensor.T) if self.inputs else tensor).reshape(self.part)
 
 
-def parameter_shapes(model: config.Model) -> dict[str, tuple[int, ...]]:
+@lru_cache(maxsize=4)  # each conversion asks several times
+def parameter_shapes(model: config.Model) -> Mapping[str, tuple[int, ...]]:
     """Shape of each parameter, float32, under the names of `jmoe.checkpoint.flatten`."""
     shapes = jax.eval_shape(partial(Transformer, model), jax.random.key(0))
     return {name: leaf.shape for name, leaf in flatten(shapes).items()}

@@ -82,7 +82,7 @@ class Reader:
             self.tensors |= found
 
     def read(self, name: str, index: tuple[int, ...] = ()) -> np.ndarray:
-        """The tensor, or the part tensor[index] of it, in the dtype of the file, mapped into memory.
+        """The tensor, or the part tensor[index] of it, in the dtype of the file.
 
         Raises InputError if the file has become shorter than its header says.
         """
@@ -93,7 +93,8 @@ class Reader:
             start += i * math.prod(shape) * tensor.dtype.itemsize
         size = math.prod(shape) * tensor.dtype.itemsize
         require(tensor.file.stat().st_size >= start + size, f"{tensor.file} ends within the tensor {name}")
-        return np.asarray(np.memmap(tensor.file, tensor.dtype, "c", start, shape))
+        # Read, not mapped: what is then transposed lies in the cache.
+        return np.fromfile(tensor.file, np.uint8, size, offset=start).view(tensor.dtype).reshape(shape)
 
 
 def read_header(file: Path) -> dict[str, Tensor]:
