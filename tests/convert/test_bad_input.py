@@ -213,8 +213,31 @@ def test_every_tensor_is_written_once_in_any_order(tmp_path):
     writer.write("a", tensors["a"])
     writer.close()
     reader = Reader(tmp_path)
+    files = [reader.tensors[name].file.name for name in "abc"]
+    assert files == ["model-00001-of-00002.safetensors"] * 2 + ["model-00002-of-00002.safetensors"]  # 48 bytes are two
+    assert all(tensor.start % 8 == 0 for tensor in reader.tensors.values())
     for name, tensor in tensors.items():
         np.testing.assert_array_equal(reader.read(name), tensor)
+
+
+def test_what_older_folders_hold(folder, tmp_path):
+    """Rotary frequencies among the tensors, several ends of a text, more positions than rows should have."""
+    rewrite(
+        folder, lambda tensors: tensors.update({"model.layers.0.self_attn.rotary_emb.inv_freq": np.ones(4, np.float32)})
+    )
+    change(folder / "config.json", lambda c: c.update(eos_token_id=[256, 10], max_position_embeddings=131072))
+    import_(folder, tmp_path / "run")
+    run = Run(tmp_path / "run")
+    assert (run.tokenizer.eos, run.settings.data.seq_len) == (256, 4096)
+
+
+def test_a_bias_that_the_family_always_has_is_zero(tmp_path):
+    router = TopK(2, "sigmoid")
+    layers = (LayerGroup((Dense(24),)), LayerGroup((MoE(4, 24, router, shared_d_ff=24),)))
+    write_random(tmp_path / "run", Config(model=Model(**{**vars(SHAPE), "qk_norm": True, "layers": layers})))
+    assert export(tmp_path / "run", tmp_path / "hf").model_type == "dots1"
+    bias = Reader(tmp_path / "hf").read("model.layers.1.mlp.gate.e_score_correction_bias")
+    np.testing.assert_array_equal(bias, np.zeros(4, np.float32))
 
 
 def test_headers_that_lie(tmp_path):

@@ -16,7 +16,7 @@ from jmoe.checkpoint import Checkpoints, flatten, unflatten
 from jmoe.config import Dense, InputError, LayerGroup, MoE, Nucleus, TopK
 from jmoe.convert import merge, prune
 from jmoe.convert.calibration import Observed, observe
-from jmoe.convert.compress import Fewer, alone, choose, parse_counts, smaller
+from jmoe.convert.compress import Fewer, alone, choose, parse_counts, smaller, stand_in
 from jmoe.convert.held_out import difference
 from jmoe.convert.layers import by_layer, write_layers
 from jmoe.convert.mapping import parameter_shapes
@@ -135,6 +135,10 @@ def test_choice_by_layer_and_by_one_threshold():
 def test_settings_follow_the_experts():
     assert smaller(MIXED, [1, 4, 5]).d_ff == (4, 8, 8) and smaller(MIXED, [0, 1]).d_ff == 4
     assert smaller(MoE(4, 8, TopK(3)), [1, 2]).router == TopK(2)
+    grouped = MoE(8, 8, TopK(4, groups=4, groups_per_token=2))
+    assert smaller(grouped, [0, 2, 4, 6]).router == dataclasses.replace(grouped.router, k=2)
+    of = Observed(np.float64(8), np.array([8.0, 8, 0]), np.array([2.0, 2, 0]), np.array([1.0, 3, 2]), np.eye(3))
+    assert stand_in(MoE(3, 8), of) == ([1, 2], 0.25)
     budget = Nucleus(0.4, experts_per_token=3.0)
     assert smaller(MoE(4, 8, budget), [1, 2]).router == dataclasses.replace(budget, experts_per_token=2.0)
     assert smaller(MoE(8, 8, Nucleus(0.4), widths="hybrid"), [0, 7]).expert_widths == (4, 16)

@@ -18,7 +18,7 @@ from jmoe.convert import upcycle
 from jmoe.convert.held_out import difference
 from jmoe.convert.layers import write_layers
 from jmoe.convert.mapping import parameter_shapes
-from jmoe.convert.mixture import Options
+from jmoe.convert.mixture import Options, scale
 from jmoe.convert.upcycle import Plan, parse_layers
 from jmoe.data import tokenizer
 from jmoe.flops import feed_forwards
@@ -142,6 +142,16 @@ def test_routers_come_from_the_run_with_state_and_rule():
     budget = dataclasses.replace(model, layers=(LayerGroup((MoE(8, 4, Nucleus(0.3, experts_per_token=2.0)),), 3),))
     plan, made = upcycled(options, (budget, reader(budget, seed=1)))
     np.testing.assert_allclose(made["layers/0/0/feed_forward/router/p"], [0.3] * 3)
+
+
+def test_experts_make_up_for_what_a_router_without_preference_gives():
+    def times(router):
+        return scale(MoE(8, 4, router), routed=2)
+
+    assert times(TopK(2)) == 2 and times(TopK(2, scale=4.0)) == 0.5
+    assert times(TopK(2, renormalise=False)) == 2 / (2 / 8)
+    assert times(TopK(2, "sigmoid", renormalise=False, scale=4.0)) == 2 / (4 * 2 * 0.5)
+    assert times(Nucleus(0.4)) == 2 / (4 / 8)  # four of an eighth each are more than 0.4
 
 
 def test_layers_are_named():
