@@ -185,6 +185,9 @@ def test_merging_weighs_by_tokens_and_puts_units_in_order():
     of = Observed(np.float64(9), np.array([6.0, 2, 0, 1, 3, 3]), np.ones(6), np.ones(6), products)
     assert merge.partners(MIXED, of, [0, 4]) == {0: [1, 2], 4: [3, 5]}  # within their widths
     assert merge.partners(MIXED, of, [0]) == {0: [1, 2]}
+    length = np.array([1.0, 1, 9, 1, 1, 1])  # of an expert's logits, which does not make it more alike
+    near = np.eye(6) + 0.5 * np.eye(6, k=1) + 0.5 * np.eye(6, k=-1) - 0.1 * (np.arange(6) == 2)[None]
+    assert merge.partners(MIXED, of._replace(logits=near * length * length[:, None]), [0, 2])[0] == [1]
     groups = merge.merged(1, MIXED, of, [0, 4], by_layer(MODEL, read), align=False)
     assert [group.members for group in groups] == [(0, 1, 2), (4, 3, 5)]
     np.testing.assert_allclose(groups[0].shares, [0.75, 0.25, 0.0], atol=1e-6)

@@ -7,7 +7,7 @@ import pytest
 
 import jmoe
 from jmoe import config
-from jmoe.checkpoint import flatten
+from jmoe.checkpoint import CheckpointError, flatten
 from jmoe.config import LayerGroup, MoE
 from jmoe.convert import runs
 from jmoe.convert.mapping import parameter_shapes
@@ -72,6 +72,16 @@ def test_parts_have_to_be_complete_and_in_order(tmp_path, monkeypatch, limit):
                 byte_tokenizer(),
                 lambda writer, of=of, index=index: [writer.write(UP, i, values[UP][i]) for i in (of, index)],
             )
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_disk_that_fails_at_the_end_leaves_nothing(tmp_path, monkeypatch):
+    def fail(file):
+        raise OSError(5, "Input/output error")
+
+    monkeypatch.setattr(runs, "_flush", fail)
+    with pytest.raises(CheckpointError, match="run could not be written: Input/output error; nothing is left there"):
+        write_run(tmp_path / "run", SETTINGS, byte_tokenizer(), lambda writer: writer.write_all(random().__getitem__))
     assert list(tmp_path.iterdir()) == []
 
 
