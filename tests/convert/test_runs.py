@@ -64,14 +64,14 @@ def test_parts_have_to_be_complete_and_in_order(tmp_path, monkeypatch, limit):
 
     with pytest.raises(ValueError, match=r"experts/buckets/0/up/c/\d.* is not complete"):
         write_run(tmp_path / "run", SETTINGS, byte_tokenizer(), without_the_last_expert)
-    for index, of in (((0, 1), (0, 1)), ((0, 0), (0,))):
+    for first, then in (((0, 1), (0, 1)), ((0,), (0, 0))):
+
+        def out_of_order(writer, indices=(first, then)):
+            for index in indices:
+                writer.write(UP, index, values[UP][index])
+
         with pytest.raises(ValueError, match=r"up\[0, \d\] does not come after the \d+ bytes"):
-            write_run(
-                tmp_path / "run",
-                SETTINGS,
-                byte_tokenizer(),
-                lambda writer, of=of, index=index: [writer.write(UP, i, values[UP][i]) for i in (of, index)],
-            )
+            write_run(tmp_path / "run", SETTINGS, byte_tokenizer(), out_of_order)
     assert list(tmp_path.iterdir()) == []
 
 
