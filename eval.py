@@ -4,14 +4,12 @@ The run's own config says all that is needed. Prints the figures and writes them
 prints generated text instead. Exit codes: 0 done, 1 no checkpoint can be used, 2 bad input.
 """
 
-import json
 import logging
 import sys
 from dataclasses import dataclass
-from pathlib import Path
 
 import jmoe
-from jmoe import config, recipe, sharding, training
+from jmoe import config, recipe, sharding, storage, training
 from jmoe.allocator import keep_freed_memory
 from jmoe.checkpoint import CheckpointError
 from jmoe.config import InputError, require
@@ -21,7 +19,7 @@ from jmoe.evaluation.perplexity import evaluate
 from jmoe.evaluation.routing_table import routing_table
 from jmoe.generate import Sampling
 from jmoe.metrics import plain
-from jmoe.run_directory import check_fingerprints, source_fingerprints
+from jmoe.run_directory import check_fingerprints, source_fingerprints, write_json
 
 log = logging.getLogger("jmoe")
 
@@ -86,9 +84,9 @@ def main(argv: list[str]) -> int:
     print(f"bits per byte  {values['bits_per_byte']:.4f}")
     print(routing_table(values))
     described = {"step": run.step, "data": options.data, **({"ema": True} if options.ema else {}), **values}
-    path = Path(run_dir) / "eval.json"
+    path = storage.location(run_dir) / "eval.json"
     try:
-        path.write_text(json.dumps(plain(described), indent=2) + "\n")
+        write_json(path, plain(described))
     except OSError as error:
         raise InputError(f"{path} cannot be written: {error.strerror}") from error
     return 0

@@ -111,8 +111,8 @@ def main(argv: list[str]) -> int:
                 reached = last_step(run.metrics)
                 if reached > (origin.step if origin else 0) + 2 * earlier.checkpoint.every:
                     raise CheckpointError(
-                        f"{run.metrics} goes up to step {reached}, but {run.checkpoints} holds no checkpoint; "
-                        f"bring it back, or give another --run-dir to begin anew"
+                        f"{run.path / run.metrics.name} goes up to step {reached}, but {run.checkpoints} holds no "
+                        f"checkpoint; bring it back, or give another --run-dir to begin anew"
                     )
                 log.warning("%s holds no checkpoint, so the run begins anew", run.path)
             restored = origin and origin.restore(wanted)
@@ -131,6 +131,7 @@ def main(argv: list[str]) -> int:
         if run.is_writer:
             run.write_config(recipe.to_dict(config))
             text.save(run.tokenizer)
+        run.upload()
         branched = f", branched from {config.decay_from}" if origin else ""
         print(f"run directory {run.path}, {first} of {config.steps} steps taken{branched}")
         print(describe_model(config.model))
@@ -194,6 +195,8 @@ def main(argv: list[str]) -> int:
                 run_log.validation(step, values)
                 if run.is_writer:
                     plot_routing(run.metrics, run.routing)
+            if validating or saving:
+                run.upload()
             if saving:
                 items = training.checkpoint_items(state, fingerprints)
                 checkpoints.save(step, items, metadata=metadata)

@@ -5,13 +5,13 @@ state, counters and place in the data, but for its learning rate, which decays f
 """
 
 import dataclasses
-from pathlib import Path
 from typing import Any, NamedTuple
 
 from jmoe import recipe
 from jmoe.checkpoint import Checkpoints
 from jmoe.config import WSD, Config, Constant, Cosine, InputError, require
 from jmoe.run_directory import FREE, LEARNING_RATE, RunDirectory, changes
+from jmoe.storage import same_place
 
 
 class Origin(NamedTuple):
@@ -26,7 +26,7 @@ class Origin(NamedTuple):
         if settings.decay_from is None:
             return None
         path, _, step = settings.decay_from.rpartition("@")
-        return cls(RunDirectory(Path(path)), int(step))
+        return cls(RunDirectory(path), int(step))
 
     def restore(self, items: dict[str, Any]) -> tuple[int, dict[str, Any]] | None:
         """The checkpoint, as `Checkpoints.restore` has it; the run is left as it is."""
@@ -44,7 +44,7 @@ def resolve(settings: Config) -> Config:
         return settings
     where, schedule = f"decay_from = {settings.decay_from}", settings.optim.schedule
     require(
-        settings.run_dir is None or origin.run.path.resolve() != Path(settings.run_dir).resolve(),
+        settings.run_dir is None or not same_place(origin.run.path, settings.run_dir),
         f"{where} is the run's own directory; give the branch another --run-dir",
     )
     require(

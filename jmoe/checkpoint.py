@@ -10,31 +10,33 @@ A step counts once its manifest stands.
       damaged-300/         did not match its manifest when a run was resumed; kept for the owner to look at
       unfinished-100/      had no manifest when a run was resumed, and no good step was there beside it
 
+In a bucket (jmoe.storage) nothing can be renamed: Orbax writes under the step's own name, and what has no manifest does
+not count either. The storage knows the MD5 of each object, so there the manifest has that, and nothing is read again.
+
 The processes of several hosts share the directory: each calls every method and writes its arrays. The first alone looks
 for damage, writes manifests, renames and removes; what it finds, and what fails on any, is told to all.
 """
 
-import hashlib
+import contextlib
 import json
 import logging
-import os
-import shutil
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import Any
 
 import jax
 from orbax.checkpoint import v1 as ocp
 
+from jmoe import storage
+from jmoe.config import InputError
 from jmoe.distributed import from_first, together
-from jmoe.run_directory import sync_folder, write_json
+from jmoe.run_directory import write_json
 from jmoe.threads import in_threads
 
 MANIFEST = "manifest.json"
 ITEMS = "items.json"
 ORBAX_METADATA = "_CHECKPOINT_METADATA"
-REMOVED = "removed-"
 DAMAGED = "damaged-"
 UNFINISHED = "unfinished-"
 CHUNK = 1 << 26  # bytes
@@ -100,8 +102,10 @@ def _compare(found: dict[str, str], expected: dict[str, str], where: str) -> Non
 class Checkpoints:
     """The checkpoints of one run, in `directory`: the newest `keep`, and every multiple of `keep_every`."""
 
-    def __init__(self, directory: Path, *, keep: int, keep_every: int | None = None):
-        self.directory = Path(directory).absolute()
+    def __init__(self, directory: storage.AnyPath, *, keep: int, keep_every: int | None = None):
+        where = storage.location(directory)
+        self.directory = where.absolute() if isinstance(where, Path) else where
+        self._place = storage.of(where)
         self.keep = keep
         self.keep_every = keep_every
         self._writer = ThreadPoolExecutor(max_workers=1, thread_name_prefix="checkpoint")
@@ -119,7 +123,7 @@ class Checkpoints:
         Raises CheckpointError if the save before this one failed; this one is under way all the same.
         """
         failure = self._settle()
-        if from_first(step in self.steps()):
+        if from_first(step in self._directories() and self._is_complete(step)):
             log.info("checkpoint of step %d is complete already", step)
         else:
             # Orbax copies arrays before it returns; on CPU its host view keeps a buffer from being donated instead.
@@ -158,7 +162,7 @@ class Checkpoints:
         try:
             if jax.process_index() == 0:
                 self.directory.mkdir(parents=True, exist_ok=True)
-                _discard(self.directory / str(step))
+                self._place.remove(self.directory / str(step))
             context = ocp.Context()
             context.array.saving.use_compression = False  # float weights hardly shrink, and a save takes twice as long
             context.array.saving.scoped_storage_options_creator = _in_chunks
@@ -180,8 +184,9 @@ class Checkpoints:
                 seal(path, described, {})
         except Exception as error:
             if jax.process_index() == 0:
-                _discard(path)
-                self._remove_leftovers()
+                with contextlib.suppress(OSError, InputError):  # what kept it from being written may do so again
+                    self._place.remove(path)
+                    self._place.remove_leftovers(self.directory)
             raise CheckpointError(f"saving step {step} to {path} failed: {_one_line(error)}") from error
         if jax.process_index() == 0:
             self._prune()
@@ -190,15 +195,18 @@ class Checkpoints:
         for step in self.steps()[: -self.keep]:
             if not self.keep_every or step % self.keep_every:
                 try:
-                    _discard(self.directory / str(step))
-                except OSError as error:
+                    self._place.remove(self.directory / str(step))
+                except (OSError, InputError) as error:
                     log.warning("the checkpoint of step %d could not be removed: %s", step, error)
 
     # ---------------------------------------------------------------------------------------------------- restoring
 
     def steps(self) -> list[int]:
         """Steps whose save is complete, ascending."""
-        return [step for step in self._directories() if (self.directory / str(step) / MANIFEST).exists()]
+        return [step for step in self._directories() if self._is_complete(step)]
+
+    def _is_complete(self, step: int) -> bool:
+        return self._place.exists(self.directory / str(step) / MANIFEST)
 
     def restore(
         self, abstract_items: dict[str, Any], step: int | None = None, *, read_only: bool = False
@@ -219,14 +227,14 @@ class Checkpoints:
         found = self.find(abstract_items, step, read_only=read_only)
         if found is None:
             return None
-        with together(CheckpointError):
+        with together(CheckpointError), _told():
             loaded = self._load(found, abstract_items)
         return found, loaded
 
     def find(self, items: Collection[str], step: int | None = None, *, read_only: bool = False) -> int | None:
         """The step that `restore` would take, its files checked: the newest whose `items` are good, or `step`."""
         found = step
-        with together(CheckpointError):
+        with together(CheckpointError), _told():
             if jax.process_index() == 0:
                 if step is None:
                     found = self._newest_good(items, read_only)
@@ -258,11 +266,11 @@ class Checkpoints:
             )
 
         if not read_only:
-            self._remove_leftovers()
+            self._place.remove_leftovers(self.directory)
             if unfinished is not None and good is None:
                 self._move_aside(unfinished, UNFINISHED)
             elif unfinished is not None:
-                _discard(self.directory / str(unfinished))
+                self._place.remove(self.directory / str(unfinished))
             for bad in damaged:
                 self._move_aside(bad, DAMAGED)
         return good
@@ -274,41 +282,45 @@ class Checkpoints:
         return metadata
 
     def _directories(self) -> list[int]:
-        if not self.directory.is_dir():
-            return []
-        return sorted(int(path.name) for path in self.directory.iterdir() if path.name.isdecimal() and path.is_dir())
+        return sorted(int(name) for name in self._place.folders(self.directory) if name.isdecimal())
 
     def _is_unfinished(self, newest: int) -> bool:
-        """Committed by Orbax, and killed before the manifest stood. As one save ends before the next begins, only the
-        newest step can be so; a manifest missing elsewhere, or along with what Orbax wrote, is damage."""
+        """Committed by Orbax, in a bucket perhaps not even that, and killed before the manifest stood. As one save ends
+        before the next begins, only the newest step can be so; a manifest missing elsewhere, or on a file system along
+        with what Orbax wrote, is damage."""
         path = self.directory / str(newest)
-        return not (path / MANIFEST).exists() and (path / ORBAX_METADATA).exists()
+        committed = not self._place.renames or self._place.exists(path / ORBAX_METADATA)
+        return committed and not self._is_complete(newest)
 
     def _damage(self, step: int, items: Collection[str]) -> str | None:
         """Why the files of `items` are not those that were saved; None if they are."""
         path = self.directory / str(step)
-        if not path.is_dir():
+        if step not in self._directories():
             return "there is no such checkpoint"
         try:
-            manifest = json.loads((path / MANIFEST).read_bytes())
-            files = {
+            manifest = json.loads(self._place.read(path / MANIFEST))
+            kind = manifest.get("digest", storage.Disk.digest)
+            wanted = {
                 name: entry
                 for name, entry in manifest["files"].items()
                 if "/" not in name or name.split("/")[0] in items
             }
-            for name, (size, _) in files.items():
-                if not (path / name).is_file():
+            there = self._place.files(path)
+            for name, (size, _) in wanted.items():
+                if name not in there:
                     return f"{name} is missing"
-                if (path / name).stat().st_size != size:
-                    return f"{name} has {(path / name).stat().st_size} bytes, {size} were written"
-            found = in_threads(_sha256, [path / name for name in files])
-            for (name, (_, digest)), content in zip(files.items(), found, strict=True):
+                if there[name].size != size:
+                    return f"{name} has {there[name].size} bytes, {size} were written"
+            found = in_threads(lambda name: _digest(path, name, there[name], kind), wanted)
+            for (name, (_, digest)), content in zip(wanted.items(), found, strict=True):
                 if content != digest:
                     return f"{name} has other content than was written"
             if ITEMS not in manifest["files"]:
                 return f"{MANIFEST} does not list {ITEMS}"
+        except InputError:  # a bucket that cannot be reached is not a damaged one
+            raise
         except FileNotFoundError as error:
-            return f"{Path(error.filename).name} is missing"
+            return f"{Path(error.filename or MANIFEST).name} is missing"
         except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
             return f"{MANIFEST} cannot be used ({_one_line(error)})"
         return None
@@ -316,7 +328,7 @@ class Checkpoints:
     def _load(self, step: int, abstract_items: dict[str, Any]) -> dict[str, Any]:
         path = self.directory / str(step)
         try:
-            stored = json.loads((path / ITEMS).read_bytes())
+            stored = json.loads(self._place.read(path / ITEMS))
         except FileNotFoundError as error:
             raise CheckpointError(f"{path} is not there on this host; all hosts need one file system") from error
         wanted = {name: flatten(tree) for name, tree in abstract_items.items()}
@@ -330,18 +342,12 @@ class Checkpoints:
 
     def _move_aside(self, step: int, prefix: str) -> None:
         names = (f"{prefix}{step}{suffix}" for suffix in ("", *(f"-{n}" for n in range(2, 1000))))
-        target = next(path for path in map(self.directory.joinpath, names) if not path.exists())
-        (self.directory / str(step)).rename(target)
+        target = next(path for path in map(self.directory.joinpath, names) if not self._place.exists(path))
+        self._place.move(self.directory / str(step), target)
         log.warning("the %s checkpoint of step %d is now %s", prefix.rstrip("-"), step, target)
 
-    def _remove_leftovers(self) -> None:
-        """What a process killed while saving or removing left behind."""
-        for pattern in (f"{REMOVED}*", "*.orbax-checkpoint-tmp*"):
-            for path in self.directory.glob(pattern):
-                shutil.rmtree(path, ignore_errors=True)
 
-
-def seal(path: Path, described: dict[str, dict[str, str]], entries: Mapping[Path, tuple[int, str]]) -> None:
+def seal(path: storage.AnyPath, described: dict[str, dict[str, str]], entries: Mapping[Path, tuple[int, str]]) -> None:
     """Writes what makes a step that Orbax has written count: `items.json`, then the manifest.
 
     `described` has shape and dtype of each leaf of each item, such as "float32[3,4]"; `entries` the size and SHA-256 of
@@ -367,34 +373,37 @@ def _abstract(leaf: Any) -> Any:
     return leaf
 
 
-def _manifest(path: Path, entries: Mapping[Path, tuple[int, str]]) -> dict[str, Any]:
-    """Size and SHA-256 of every file below `path`, each flushed to the disk on the way unless `entries` has it."""
-    names = sorted(str(file.relative_to(path)) for file in path.rglob("*") if file.is_file())
-    for folder in {path / parent for name in names for parent in Path(name).parents}:
-        sync_folder(folder)
+def _manifest(path: storage.AnyPath, entries: Mapping[Path, tuple[int, str]]) -> dict[str, Any]:
+    """Size and digest of every file below `path`, each flushed to the disk on the way unless `entries` has it."""
+    place = storage.of(path)
+    files = place.files(path)
+    for folder in {path / parent for name in files for parent in PurePosixPath(name).parents}:
+        place.sync(folder)
 
-    def entry(file: Path) -> tuple[int, str]:
-        if file in entries:
+    def entry(name: str) -> tuple[int, str]:
+        file = path / name
+        if isinstance(file, Path) and file in entries:
             return entries[file]
-        with file.open("rb") as stream:
-            os.fsync(stream.fileno())
-        return file.stat().st_size, _sha256(file)
+        place.sync(file)
+        return files[name].size, _digest(path, name, files[name], place.digest)
 
-    return {"files": dict(zip(names, in_threads(entry, [path / name for name in names]), strict=True))}
-
-
-def _sha256(file: Path) -> str:
-    with file.open("rb") as stream:
-        return hashlib.file_digest(stream, "sha256").hexdigest()
+    kind = {} if place.digest == storage.Disk.digest else {"digest": place.digest}
+    return kind | {"files": dict(zip(files, in_threads(entry, files), strict=True))}
 
 
-def _discard(path: Path) -> None:
-    """Removes a step; renamed first, so that a kill in the middle leaves no half of it under its name."""
-    if path.exists():
-        target = path.with_name(f"{REMOVED}{path.name}")
-        shutil.rmtree(target, ignore_errors=True)
-        path.rename(target)
-        shutil.rmtree(target, ignore_errors=True)
+def _digest(path: storage.AnyPath, name: str, file: storage.File, kind: str) -> str:
+    """The digest of a file: as the storage knows it, or of what is in it."""
+    place = storage.of(path)
+    return file.digest if file.digest and kind == place.digest else place.hash(path / name, kind)
+
+
+@contextlib.contextmanager
+def _told() -> Iterator[None]:
+    """Makes a CheckpointError of what `jmoe.storage` tells of a bucket that cannot be used."""
+    try:
+        yield
+    except InputError as error:
+        raise CheckpointError(str(error)) from error
 
 
 def _one_line(error: BaseException) -> str:

@@ -740,7 +740,7 @@ class Config:
     log_every: int = 10
     """a line of metrics every so many steps [steps]"""
     run_dir: str | None = None
-    """where the run lives; runs/NAME of the recipe if None [path]"""
+    """where the run lives, also gs://BUCKET/PATH; runs/NAME of the recipe if None [path]"""
     decay_from: str | None = None
     """RUN@STEP: begin with that checkpoint of a run in its stable phase, and decay the learning rate from there to the
     end [path@steps]"""

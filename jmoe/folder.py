@@ -8,7 +8,7 @@ from pathlib import Path
 
 from jmoe.checkpoint import CheckpointError
 from jmoe.config import require
-from jmoe.run_directory import sync_folder
+from jmoe.storage import Disk
 
 
 @contextlib.contextmanager
@@ -22,11 +22,11 @@ def new_folder(path: Path) -> Iterator[Path]:
     try:
         temporary.mkdir(parents=True)
         yield temporary
-        sync_folder(temporary)
+        Disk().sync(temporary)
         if path.is_dir():
             path.rmdir()
         temporary.rename(path)
-        sync_folder(path.parent)
+        Disk().sync(path.parent)
     except OSError as error:
         raise CheckpointError(
             f"{path} could not be written: {error.strerror or error}; nothing is left there"

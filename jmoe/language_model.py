@@ -3,7 +3,6 @@
 import logging
 import os
 from functools import partial
-from pathlib import Path
 from typing import Any, Literal
 
 import jax
@@ -20,6 +19,7 @@ from jmoe.model.attention import Place, positions_in_row
 from jmoe.model.transformer import Transformer
 from jmoe.run_directory import RunDirectory, differences
 from jmoe.sharding import make_mesh
+from jmoe.storage import same_place
 from jmoe.training import abstract_state
 
 log = logging.getLogger("jmoe")
@@ -98,7 +98,7 @@ def _logits(params, tokens, dtype):
 
 def describe_run(run_dir: str | os.PathLike[str]) -> tuple[config.Config, Tokenizer]:
     """A run's own config and tokenizer. Raises InputError if the directory is not that of a run."""
-    run = RunDirectory(Path(run_dir))
+    run = RunDirectory(run_dir)
     saved = run.read_config()
     if saved is None:
         raise InputError(f"{run_dir} is no run directory: it has no config.json")
@@ -120,7 +120,7 @@ def read_parameters(
     Returns the step, the parameters and the checkpoint's metadata. Raises InputError if there is no checkpoint,
     CheckpointError if none can be used or the parameters are not those of `abstract`.
     """
-    checkpoints = Checkpoints(RunDirectory(Path(run_dir)).checkpoints, keep=1)
+    checkpoints = Checkpoints(RunDirectory(run_dir).checkpoints, keep=1)
     restored = checkpoints.restore({item: abstract}, step, read_only=True)
     if restored is None:
         raise InputError(f"{run_dir} has no checkpoint yet")
@@ -139,13 +139,13 @@ def check_start(run_dir: str, settings: config.Config, tokenizer: Tokenizer) -> 
     )
     other, text = describe_run(run_dir)
     require(
-        Path(run_dir).resolve() != Path(settings.run_dir or "").resolve(),
+        not same_place(run_dir, settings.run_dir or ""),
         f"--init-from {run_dir} is the run directory itself; give the new run another --run-dir",
     )
     require(
         text.fingerprint == tokenizer.fingerprint,
         f"--init-from {run_dir} has another tokenizer; train with data.tokenizer = "
-        f"TokenizerFile({str(RunDirectory(Path(run_dir)).tokenizer)!r}), or its own",
+        f"TokenizerFile({str(RunDirectory(run_dir).path / 'tokenizer.json')!r}), or its own",
     )
     was, now = (recipe.to_dict(each)["model"] for each in (other, settings))
     for key, text in differences(was, now, "model"):

@@ -84,7 +84,7 @@ def merge(run_dir: str | os.PathLike[str], steps: Sequence[int], options: Option
     Sums are float64; one checkpoint is in memory at a time beside the sum, on the host.
     Raises InputError for steps or directories that cannot be, CheckpointError for a damaged checkpoint or a full disk.
     """
-    run, out = RunDirectory(Path(run_dir)), Path(options.out or "")
+    run, out = RunDirectory(run_dir), Path(options.out or "")
     saved = run.read_config()
     require(saved is not None, f"{run_dir} is no run directory: it has no config.json")
     checkpoints = Checkpoints(run.checkpoints, keep=1)

@@ -74,7 +74,7 @@ def main(argv: list[str]) -> None:
     print(drift_table(drift, options.settled))
     try:
         write_json(run.path / "drift.json", {"data": options.data, **drift.as_json(options.settled)})
-        plot_drift(drift, run.path / "drift.png", options.settled)
+        plot_drift(drift, Path(run.path) / "drift.png", options.settled)
     except OSError as error:
         raise InputError(f"{run_dir} cannot be written to: {error.strerror}") from error
 

@@ -8,6 +8,9 @@ runs/NAME/
     checkpoints/    see jmoe.checkpoint
     routing.png     see jmoe.evaluation.routing_figure
     lock            held by the process that trains
+
+It may lie in a bucket, gs://BUCKET/runs/NAME. Nothing can be appended to there, so all but the checkpoints is written
+on this machine, and uploaded before each save.
 """
 
 import fcntl
@@ -19,8 +22,10 @@ from typing import Any, TextIO
 
 import jax
 
+from jmoe import storage
 from jmoe.config import InputError, require
 from jmoe.distributed import together
+from jmoe.lease import Lease
 
 # Keys that may differ from those the run was started with: model, data and objective stay what they are. (More steps
 # stretch a schedule that ends with them, and another mesh adds in another order.)
@@ -34,35 +39,36 @@ LEARNING_RATE = ("optim.learning_rate", "optim.learning_rates", "optim.schedule"
 class RunDirectory:
     """A run directory; one that was opened is this run's alone until it is closed, as a context manager does."""
 
-    def __init__(self, path: Path, lock: TextIO | None = None):
-        self.path = path
-        self.config = path / "config.json"
-        self.metrics = path / "metrics.jsonl"
-        self.timing = path / "timing.jsonl"
-        self.tensorboard = path / "tensorboard"
-        self.tokenizer = path / "tokenizer.json"
-        self.routing = path / "routing.png"
-        self.checkpoints = path / "checkpoints"
+    def __init__(self, path: str | os.PathLike[str], lock: TextIO | Lease | None = None):
+        self.path = storage.location(path)
+        self._mirror = None if isinstance(self.path, Path) else storage.Mirror(self.path)
+        folder = self._mirror.folder if self._mirror else Path(self.path)
+        self.config = folder / "config.json"
+        self.metrics = folder / "metrics.jsonl"
+        self.timing = folder / "timing.jsonl"
+        self.tensorboard = folder / "tensorboard"
+        self.tokenizer = folder / "tokenizer.json"
+        self.routing = folder / "routing.png"
+        self.checkpoints = self.path / "checkpoints"
         self._lock = lock
 
     @classmethod
     def open(cls, path: str | os.PathLike[str]) -> "RunDirectory":
-        """Creates the directory if need be and locks it. The lock ends with the process, however that ends.
+        """Creates the directory if need be and locks it. The lock ends with the process, however that ends; in a bucket
+        a minute after one that was killed.
 
         Of several hosts' processes the first holds the lock, and writes; all have to call this.
-        Raises InputError if the directory is a URL or cannot be written to, another run has it, or a host lacks it.
+        Raises InputError if the directory cannot be written to, another run has it, or a host lacks it.
         """
-        text = os.fspath(path)
-        require(
-            "://" not in text,
-            f"run directory {text} is not on a file system, and object storage can neither lock nor rename; "
-            "train on a shared disk and copy what is to be kept",
-        )
         with together(InputError):
-            run = cls._locked(Path(path)) if jax.process_index() == 0 else cls(Path(path))
+            where = storage.location(path)
+            if jax.process_index() > 0:
+                run = cls(where)
+            else:
+                run = cls._locked(where) if isinstance(where, Path) else cls(where, Lease(where / "lock"))
         with together(InputError):
             require(
-                (run.path / "lock").exists(),
+                storage.of(run.path).exists(run.path / "lock"),
                 f"run directory {path} is not there on this host; it must lie on a file system that all hosts share",
             )
         return run
@@ -96,17 +102,39 @@ class RunDirectory:
         """Whether it is for this process to write here: it has the lock."""
         return self._lock is not None
 
+    def upload(self) -> None:
+        """Stores in a bucket what was written here since the last time: before a step is saved, so that no step lacks
+        the lines of metrics before it. All processes have to call this. A file system has them already.
+
+        Raises InputError if the bucket cannot be written to, or another process has taken the run over.
+        """
+        if self._mirror:
+            with together(InputError):
+                self._upload()
+
+    def _upload(self) -> None:
+        if self._mirror and isinstance(self._lock, Lease):
+            self._lock.check()
+            self._mirror.upload()
+
     def close(self) -> None:
         """Lets another process have the directory."""
-        if self._lock:
-            self._lock.close()
-            self._lock = None
+        try:
+            self._upload()
+        finally:
+            if self._lock:
+                self._lock.close()
+                self._lock = None
 
     def __enter__(self) -> "RunDirectory":
         return self
 
-    def __exit__(self, *_: object) -> None:
-        self.close()
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+        try:
+            self.close()
+        except InputError:
+            if kind is None:  # else there is an error to tell already
+                raise
 
     def write_config(self, config: dict[str, Any]) -> None:
         """Writes config.json: there in full or, if the process is killed, as it was."""
@@ -114,37 +142,24 @@ class RunDirectory:
 
     def read_config(self) -> dict[str, Any] | None:
         """What config.json holds, None if there is none. Raises InputError if it is not a JSON object."""
+        if self._mirror:
+            self._mirror.download()
+        told = self.path / self.config.name
         try:
             config = json.loads(self.config.read_bytes())
         except FileNotFoundError:
             return None
         except OSError as error:
-            raise InputError(f"{self.config} cannot be read: {error.strerror}") from error
+            raise InputError(f"{told} cannot be read: {error.strerror}") from error
         except ValueError as error:
-            raise InputError(f"{self.config} is not JSON: {error}") from error
-        require(isinstance(config, dict), f"{self.config} holds {type(config).__name__}; it must hold a JSON object")
+            raise InputError(f"{told} is not JSON: {error}") from error
+        require(isinstance(config, dict), f"{told} holds {type(config).__name__}; it must hold a JSON object")
         return config
 
 
-def write_json(file: Path, content: Any) -> None:
+def write_json(file: storage.AnyPath, content: Any) -> None:
     """Writes JSON so that the file is there in full or as it was, whatever happens, and lasts."""
-    temporary = file.with_suffix(".tmp")
-    with temporary.open("w") as stream:
-        json.dump(content, stream, indent=2)
-        stream.write("\n")
-        stream.flush()
-        os.fsync(stream.fileno())
-    temporary.replace(file)
-    sync_folder(file.parent)
-
-
-def sync_folder(folder: Path) -> None:
-    """Flushes to the disk which files a folder holds."""
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
+    storage.of(file).write(file, (json.dumps(content, indent=2) + "\n").encode())
 
 
 def check_resume(old: dict[str, Any], new: dict[str, Any], *, allow_learning_rate: bool = False) -> None:

@@ -7,7 +7,7 @@ import pytest
 
 ROOT = Path(__file__).parents[1]
 LEVELS = [
-    "ops config flops batch json_form recipe allocator chips distributed hlo threads",
+    "ops config flops batch json_form recipe allocator chips distributed hlo threads storage lease",
     "sharding run_directory data",
     "model metrics",
     "loss optim telemetry",

@@ -1,5 +1,6 @@
 """The run directory: locking, its config.json, and what may change on resume."""
 
+import importlib.util
 import json
 import os
 import signal
@@ -60,9 +61,18 @@ def test_a_directory_that_cannot_be_written_is_told(tmp_path):
         RunDirectory.open(tmp_path / "run")
 
 
-def test_object_storage_is_refused(tmp_path, monkeypatch):
+@pytest.mark.parametrize("url", ["s3://bucket/run", "gs://", "gcs://bucket/run"])
+def test_other_urls_are_refused(tmp_path, monkeypatch, url):
     monkeypatch.chdir(tmp_path)
-    with pytest.raises(InputError, match="run directory gs://bucket/run is not on a file system"):
+    with pytest.raises(InputError, match=f"^run directory {url} must be a folder of a file system, or gs://"):
+        RunDirectory.open(url)
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_bucket_needs_the_extra(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(InputError, match=r"^run directory gs://bucket/run needs the extra gcs: .* 'jmoe\[gcs\]'$"):
         RunDirectory.open("gs://bucket/run")
     assert not list(tmp_path.iterdir())
 

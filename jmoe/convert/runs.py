@@ -47,7 +47,7 @@ class Run:
         if found is None:
             raise InputError(f"{run_dir} has no checkpoint yet")
         self.step = found
-        self._folder = checkpoints.directory / str(found)
+        self._folder = Path(checkpoints.directory) / str(found)
         stored = json.loads((self._folder / ITEMS).read_bytes())[ITEM]
         expected = _described(parameter_shapes(self.settings.model))
         if stored != expected:
@@ -195,7 +195,7 @@ def write_run(
         run = RunDirectory(folder)
         run.write_config(recipe.to_dict(settings))
         tokenizer.save(run.tokenizer)
-        step_folder = run.checkpoints / "0"
+        step_folder = Path(run.checkpoints) / "0"
         # Orbax writes its own books, for a tree of the same names whose arrays are then made what they are to be.
         context = ocp.Context()
         context.array.saving.use_compression = False
