@@ -294,11 +294,14 @@ print(prepared.bytes, int(peak[1]) * 1024)
 @pytest.mark.skipif(sys.platform != "linux", reason="reads the peak of memory from /proc")
 @pytest.mark.parametrize("megabytes_a_file", [0.1, 100.0])
 def test_memory_is_flat(tmp_path, megabytes_a_file):
-    """However many documents there are, and however long one is."""
+    """However many documents there are, and however long one is.
+
+    The peak levels off within the first tens of megabytes, at one that varies by 10 MB; hence sizes far apart.
+    """
     threads = {"TOKENIZERS_PARALLELISM": "false"}  # one, as allocators keep memory for each
     environment = {**os.environ, **threads, "PYTHONPATH": os.pathsep.join(sys.path)}
     peaks = []
-    for megabytes in (4, 18):
+    for megabytes in (10, 50):
         folder = tmp_path / str(megabytes)
         folder.mkdir()
         files = max(1, round(megabytes / megabytes_a_file))
@@ -308,7 +311,7 @@ def test_memory_is_flat(tmp_path, megabytes_a_file):
         size, peak = map(int, subprocess.check_output(arguments, env=environment, text=True).split())
         peaks.append((size, peak))
     (small, small_peak), (large, large_peak) = peaks
-    assert large > small + 13e6
+    assert large > small + 39e6
     assert large_peak - small_peak < large - small, peaks  # holding the file would be a byte each
 
 
