@@ -18,11 +18,19 @@ import os
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
+    import jax
+
     from jmoe.language_model import LanguageModel
 
 
-def load(run_dir: str | os.PathLike[str], *, step: int | None = None, ema: bool = False) -> "LanguageModel":
+def load(
+    run_dir: str | os.PathLike[str],
+    *,
+    step: int | None = None,
+    ema: bool = False,
+    mesh: "jax.sharding.Mesh | None" = None,
+) -> "LanguageModel":
     """The model of a run: `.logits(tokens)`, `.generate(prompt)`. See `jmoe.language_model.LanguageModel.load`."""
     from jmoe.language_model import LanguageModel  # here, so that `import jmoe` does not import JAX
 
-    return LanguageModel.load(run_dir, step=step, ema=ema)
+    return LanguageModel.load(run_dir, step=step, ema=ema, mesh=mesh)

@@ -14,11 +14,13 @@ from jmoe import config, recipe
 from jmoe.checkpoint import Checkpoints
 from jmoe.config import InputError, require
 from jmoe.data.tokenizer import Tokenizer
+from jmoe.distributed import together
 from jmoe.generate import Sampling, check_tokens, generate
 from jmoe.model.attention import Place, positions_in_row
+from jmoe.model.expert_parallel import check_experts
 from jmoe.model.transformer import Transformer
 from jmoe.run_directory import RunDirectory, differences
-from jmoe.sharding import make_mesh
+from jmoe.sharding import check_divisible, make_mesh
 from jmoe.storage import same_place
 from jmoe.training import abstract_state
 
@@ -44,17 +46,31 @@ class LanguageModel:
         """of the tokenizer and of each source the run was trained and validated on"""
 
     @classmethod
-    def load(cls, run_dir: str | os.PathLike[str], *, step: int | None = None, ema: bool = False) -> "LanguageModel":
+    def load(
+        cls,
+        run_dir: str | os.PathLike[str],
+        *,
+        step: int | None = None,
+        ema: bool = False,
+        mesh: jax.sharding.Mesh | None = None,
+    ) -> "LanguageModel":
         """Reads a run's own config, tokenizer and newest good checkpoint (or that of `step`), and changes nothing.
 
-        With `ema` the parameters are their moving average (`Config.ema`). Raises InputError if the directory is not
-        that of a run, has no checkpoint yet or no average, CheckpointError if no checkpoint can be used.
+        With `ema` the parameters are their moving average (`Config.ema`). They are put on one device, or shared out
+        over `mesh` (`jmoe.sharding.make_mesh`), whatever mesh the run was trained on. Raises InputError if the
+        directory is not that of a run, has no checkpoint yet or no average, or the mesh does not divide the model,
+        CheckpointError if no checkpoint can be used.
         """
-        settings, tokenizer = describe_run(run_dir)
-        require(not ema or settings.ema is not None, f"{run_dir} keeps no average of its parameters: its ema is None")
-        # One device reads whatever mesh the run was trained on.
-        mesh = make_mesh(config.Mesh(), jax.local_devices()[:1])
-        item, state = "ema" if ema else "params", abstract_state(settings, mesh)
+        mesh = make_mesh(config.Mesh(), jax.local_devices()[:1]) if mesh is None else mesh
+        with together(InputError):
+            settings, tokenizer = describe_run(run_dir)
+            require(
+                not ema or settings.ema is not None, f"{run_dir} keeps no average of its parameters: its ema is None"
+            )
+            check_experts(settings, mesh)
+            state = abstract_state(settings, mesh)
+            check_divisible(state.params, mesh)
+        item = "ema" if ema else "params"
         step, params, metadata = read_parameters(run_dir, state.ema if ema else state.params, step, item=item)
         return cls(settings, params, tokenizer, step, metadata.get("fingerprints"))
 

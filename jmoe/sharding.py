@@ -175,7 +175,7 @@ def check_divisible(tree: Any, mesh: jax.sharding.Mesh) -> None:
             if size % parts:
                 raise InputError(
                     f"{path}: its {axis} dimension of {size} is not divisible by mesh {'*'.join(axes)} = {parts}; "
-                    "--print-sharding shows how every parameter is split"
+                    "train.py --print-sharding shows how every parameter is split"
                 )
 
 

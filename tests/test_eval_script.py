@@ -12,6 +12,7 @@ import jmoe
 from jmoe.generate import Sampling
 
 PROMPT = "the router gave é"
+TWO_DEVICES = "--xla_force_host_platform_device_count=2"
 
 
 def content(folder: Path) -> dict[str, bytes]:
@@ -90,6 +91,8 @@ def test_a_prompt_is_continued_as_by_the_model_without_a_cache(trained, scripts)
     code, out, err = scripts.run("eval.py", run_dir, *flags)
     assert (code, err) == (0, "")
     assert content(run_dir) == before
+    spread = scripts.run("eval.py", run_dir, *flags, "--mesh.fsdp", -1, XLA_FLAGS=TWO_DEVICES)
+    assert spread == (0, out, "")
 
     model, greedy = jmoe.load(run_dir), Sampling(temperature=0.0)
     assert out == PROMPT + model.generate(PROMPT, max_new_tokens=24, sampling=greedy) + "\n"
@@ -112,6 +115,9 @@ def test_a_prompt_is_continued_as_by_the_model_without_a_cache(trained, scripts)
         ("{run} --promt x", 2, "unknown flag --promt; did you mean --prompt?"),
         ("{run} --batches 0", 2, "batches is 0; it must be at least 1"),
         ("{run} --data {tmp}/none/*.txt", 2, "{tmp}/none/*.txt"),
+        ("{run} --mesh.data 3", 2, "needs 3 devices; there are 2"),
+        ("{run} --mesh.data 2 --batch-size 3", 2, "batch_size = 3 is not divisible by accumulation * mesh data"),
+        ("{run} --mesh.tensor 2", 2, "vocab dimension of 257 is not divisible by mesh tensor = 2"),
         ("{run} --prompt x --sampling.top-p 2", 2, "top_p is 2.0; it must lie in (0, 1]"),
         ("{run} --step 7", 1, "there is no such checkpoint; complete steps are [16, 20, 24]"),
     ],
@@ -120,7 +126,9 @@ def test_a_prompt_is_continued_as_by_the_model_without_a_cache(trained, scripts)
 def test_bad_input_is_told_in_one_line(trained, scripts, tmp_path, arguments, code, says):
     names = {"run": trained[0], "tmp": tmp_path}
     before = content(trained[0])
-    found, _, err = scripts.run("eval.py", *arguments.format(**names).split(), JAX_LOG_COMPILES="1")
+    found, _, err = scripts.run(
+        "eval.py", *arguments.format(**names).split(), JAX_LOG_COMPILES="1", XLA_FLAGS=TWO_DEVICES
+    )
     assert found == code
     (line,) = (line for line in err.splitlines() if not line.startswith("WARNING: Finished "))
     assert line.startswith("error: ") and says.format(**names) in line

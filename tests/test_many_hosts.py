@@ -24,22 +24,27 @@ def devices(number):
     return {"XLA_FLAGS": f"--xla_force_host_platform_device_count={number} --xla_backend_optimization_level=0"}
 
 
-def start(scripts, run_dir, *flags):
-    """Two processes of one run; `flags` is a tuple, or for each process its own."""
+def start_two(scripts, script, *arguments, own=((), ())):
+    """Two processes of one script; `own` are flags of the one and of the other."""
     with socket.socket() as free:
         free.bind(("localhost", 0))
         port = free.getsockname()[1]
     return [
         scripts.start(
-            "train.py",
-            scripts.recipe,
-            *("--run-dir", run_dir, *MESH, *COMMON, *(flags[process] if isinstance(flags[0], tuple) else flags)),
+            script,
+            *arguments,
+            *own[process],
             *("--distributed.coordinator", f"localhost:{port}", "--distributed.timeout", LOST_AFTER),
             *("--distributed.processes", 2, "--distributed.process", process),
             **devices(4),
         )
         for process in (0, 1)
     ]
+
+
+def start(scripts, run_dir, *flags, **own):
+    """Two processes that train."""
+    return start_two(scripts, "train.py", scripts.recipe, "--run-dir", run_dir, *MESH, *COMMON, *flags, **own)
 
 
 def end(processes):
@@ -112,6 +117,15 @@ def test_two_processes_go_on_with_what_one_saved(one_process, scripts, tmp_path)
     assert saved_steps(run_dir) == saved_steps(one_process)
     assert_learnt_the_same(run_dir, one_process)
 
+    # They evaluate it as the training did.
+    (code, out, err), (other_code, other_out, _) = end(start_two(scripts, "eval.py", run_dir, *MESH))
+    assert (code, other_code) == (0, 0), err
+    found = json.loads((run_dir / "eval.json").read_text())
+    trained = json.loads((run_dir / "metrics.jsonl").read_text().splitlines()[-1])
+    assert f"\nloss           {found['loss']:.4f} " in out and "\nloss " not in other_out
+    for key in ("step", "tokens", "loss", "bits_per_byte", "experts_per_token"):
+        np.testing.assert_allclose(found[key], trained[key], rtol=1e-5, err_msg=key)
+
 
 @pytest.mark.slow
 def test_stopped_killed_and_ended_by_one_process_on_another_mesh(one_process, scripts, tmp_path):
@@ -150,7 +164,9 @@ def test_stopped_killed_and_ended_by_one_process_on_another_mesh(one_process, sc
 
 @pytest.mark.slow
 def test_processes_that_do_not_agree_end_before_they_train(scripts, tmp_path):
-    (code, _, err), (other_code, _, other_err) = end(start(scripts, tmp_path / "run", ("--seed", 0), ("--seed", 1)))
+    (code, _, err), (other_code, _, other_err) = end(
+        start(scripts, tmp_path / "run", own=(("--seed", 0), ("--seed", 1)))
+    )
     message = "configuration and text are not the same here as on process 0"
     assert (code, other_code) == (2, 2), err + other_err
     assert f"error: process 1: {message}\n" in err and f"error: {message}\n" in other_err

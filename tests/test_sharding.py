@@ -109,7 +109,7 @@ def test_a_dimension_that_cannot_be_split_is_named(devices, mesh, model, message
     settings = dataclasses.replace(SETTINGS, mesh=mesh, model=dataclasses.replace(MODEL, **model))
     on = sharding.make_mesh(mesh)
     shapes = training.abstract_state(settings, on).params
-    with pytest.raises(InputError, match=f"{message}; --print-sharding shows how every parameter is split$"):
+    with pytest.raises(InputError, match=f"{message}; train.py --print-sharding shows how every parameter is split$"):
         sharding.check_divisible(shapes, on)
     size, parts = (int(number) for number in re.findall(r"\d+", message))
     marked = [line for line in sharding.sharding_table(shapes, on).splitlines() if " !" in line]
