@@ -174,7 +174,8 @@ def test_shardings_are_printed_and_nothing_else_is_done(scripts, tmp_path):
     assert re.search(r"^embedding +257, 16 +vocab, embed +-, fsdp 4 +4,112$", out, re.M)
     code, out, err = scripts.train(tmp_path / "run", *flags, 3, "--mesh.data", 1, **eight)
     assert code == 2 and re.search(r"^embedding +257, 16 +vocab, embed +-, fsdp 3 ! +6,168$", out, re.M)
-    assert re.fullmatch(r"error: .* dimension of \d+ is not divisible by mesh fsdp = 3; --print-sharding .*\n", err)
+    message = r"dimension of \d+ is not divisible by mesh fsdp = 3; train.py --print-sharding shows"
+    assert re.fullmatch(rf"error: .* {message} .*\n", err)
     assert not (tmp_path / "run").exists()
 
 
