@@ -1,6 +1,7 @@
 """Tests run on eight emulated CPU devices unless JMOE_TEST_PLATFORM names another platform (cuda, tpu)."""
 
 import importlib.util
+import json
 import os
 import random
 import subprocess
@@ -20,6 +21,7 @@ if PLATFORM == "cpu":
     os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {flags}".strip()
 
 import jax  # noqa: E402
+import numpy as np  # noqa: E402
 import pytest  # noqa: E402
 
 # A [T] added to a [T, 1] is nearly always a mistake.
@@ -130,6 +132,32 @@ class Scripts:
     def train(self, run_dir: Path, *flags: Any, **environment: str) -> tuple[int, str, str]:
         """train.py on the recipe."""
         return self.run("train.py", self.recipe, "--run-dir", run_dir, *flags, **environment)
+
+    def saved_state(self, run_dir: Path, step: int = 24) -> dict[str, Any]:
+        """Every leaf of a checkpoint by name, as dtype, shape and bytes; by default that of the last step."""
+        from jmoe import recipe, sharding, training  # here, as pytest's options say how jmoe is imported
+        from jmoe.checkpoint import Checkpoints, flatten
+
+        settings = recipe.from_dict(json.loads((run_dir / "config.json").read_text()))
+        mesh = sharding.make_mesh(settings.mesh, jax.devices()[:1])
+        fingerprints = {"tokenizer": "", "train source 0": "", "validation source 0": ""}
+        items = training.checkpoint_items(training.abstract_state(settings, mesh), fingerprints)
+        restored = Checkpoints(run_dir / "checkpoints", keep=1).restore(items, step, read_only=True)
+        assert restored is not None
+
+        def plain(leaf):
+            if isinstance(leaf, str):
+                return leaf
+            if jax.dtypes.issubdtype(leaf.dtype, jax.dtypes.prng_key):
+                leaf = jax.random.key_data(leaf)
+            return str(leaf.dtype), leaf.shape, np.asarray(leaf).tobytes()
+
+        return {name: plain(leaf) for name, leaf in flatten(restored[1]).items()}
+
+    def assert_same_run(self, run_dir: Path, other: Path) -> None:
+        """Metrics byte for byte, final state bit for bit."""
+        assert (run_dir / "metrics.jsonl").read_bytes() == (other / "metrics.jsonl").read_bytes()
+        assert self.saved_state(run_dir) == self.saved_state(other)
 
 
 @pytest.fixture(scope="session")

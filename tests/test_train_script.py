@@ -10,13 +10,12 @@ import sys
 import time
 from pathlib import Path
 
-import jax
 import numpy as np
 import pytest
 from matplotlib.image import imread
 
-from jmoe import recipe, sharding, training
-from jmoe.checkpoint import Checkpoints, flatten
+from jmoe import recipe, training
+from jmoe.checkpoint import Checkpoints
 from jmoe.config import InputError
 from jmoe.data.tokenizer import Tokenizer
 from jmoe.run_directory import RunDirectory
@@ -43,31 +42,6 @@ def metrics(run_dir: Path) -> list[dict]:
 
 def saved_steps(run_dir: Path) -> list[int]:
     return Checkpoints(run_dir / "checkpoints", keep=1).steps()
-
-
-def saved_state(run_dir: Path, step: int = STEPS) -> dict[str, tuple]:
-    """Every leaf of a checkpoint by name, as dtype, shape and bytes."""
-    settings = recipe.from_dict(json.loads((run_dir / "config.json").read_text()))
-    mesh = sharding.make_mesh(settings.mesh, jax.devices()[:1])
-    fingerprints = {"tokenizer": "", "train source 0": "", "validation source 0": ""}
-    items = training.checkpoint_items(training.abstract_state(settings, mesh), fingerprints)
-    restored = Checkpoints(run_dir / "checkpoints", keep=1).restore(items, step, read_only=True)
-    assert restored is not None
-
-    def plain(leaf):
-        if isinstance(leaf, str):
-            return leaf
-        if jax.dtypes.issubdtype(leaf.dtype, jax.dtypes.prng_key):
-            leaf = jax.random.key_data(leaf)
-        return str(leaf.dtype), leaf.shape, np.asarray(leaf).tobytes()
-
-    return {name: plain(leaf) for name, leaf in flatten(restored[1]).items()}
-
-
-def assert_same_run(run_dir: Path, trained: Path) -> None:
-    """Metrics byte for byte, final state bit for bit."""
-    assert (run_dir / "metrics.jsonl").read_bytes() == (trained / "metrics.jsonl").read_bytes()
-    assert saved_state(run_dir) == saved_state(trained)
 
 
 def content(folder: Path) -> dict[str, bytes]:
@@ -246,7 +220,7 @@ def test_killed_at_any_moment_it_ends_as_if_it_never_was(scripts, trained, tmp_p
     code, _, err = scripts.run(*command)
     assert code == 0, err
     assert "damaged" not in err
-    assert_same_run(run_dir, trained[0])
+    scripts.assert_same_run(run_dir, trained[0])
 
 
 @pytest.mark.slow
@@ -265,7 +239,7 @@ def test_signals_save_and_stop_with_a_code_of_their_own(scripts, trained, tmp_pa
     code, out, err = scripts.train(run_dir)
     assert code == 0, err
     assert f"{stops[1]} of {STEPS} steps taken" in out
-    assert_same_run(run_dir, trained[0])
+    scripts.assert_same_run(run_dir, trained[0])
 
 
 @pytest.mark.slow
@@ -275,7 +249,7 @@ def test_more_steps_and_other_workers_go_on_exactly(scripts, trained, tmp_path):
     assert code == 0, err
     code, _, err = scripts.train(tmp_path / "run", "--data.workers", 3)
     assert code == 0, err
-    assert_same_run(tmp_path / "run", trained[0])
+    scripts.assert_same_run(tmp_path / "run", trained[0])
 
 
 @pytest.mark.slow
@@ -298,7 +272,7 @@ def test_begun_on_four_devices_and_ended_on_one_it_learns_the_same(scripts, trai
     for key in ("loss", "experts_per_token"):
         values = ([record[key] for record in records] for records in (found, expected))
         np.testing.assert_allclose(*values, rtol=1e-5, err_msg=key)
-    state, reference = (saved_state(path) for path in (run_dir, trained[0]))
+    state, reference = (scripts.saved_state(path) for path in (run_dir, trained[0]))
     assert state["data/step"] == reference["data/step"] and state.keys() == reference.keys()
     for name in (name for name in state if name.startswith("params/")):
         arrays = (np.frombuffer(content, dtype) for dtype, _, content in (state[name], reference[name]))
@@ -340,7 +314,7 @@ def test_a_damaged_newest_checkpoint_is_told_and_the_one_before_used(copy, scrip
     assert code == 0, err
     assert f"WARNING: the checkpoint of step 24 in {copy}/checkpoints is damaged: {reason}\n" in err
     assert "20 of 24 steps taken" in out
-    assert_same_run(copy, trained[0])
+    scripts.assert_same_run(copy, trained[0])
 
 
 @pytest.mark.slow
@@ -373,7 +347,7 @@ def test_gradients_that_are_not_finite_stop_it_after_so_many(scripts, tmp_path):
     )
     assert [(r["skipped"], r["skipped_in_a_row"]) for r in metrics(run_dir)] == [(0, 0), (1, 1), (1, 2), (1, 3)]
     assert re.findall(r"^step +(\d+)/24 .* left  skipped: gradients not finite$", out, re.M) == ["2", "3", "4"]
-    first, second, third = (saved_state(run_dir, step) for step in (1, 2, 3))
+    first, second, third = (scripts.saved_state(run_dir, step) for step in (1, 2, 3))
     for name in first:
         if name.startswith(("params/", "optimizer/")):
             assert first[name] == second[name] == third[name], name
@@ -422,7 +396,7 @@ def test_a_damaged_record_is_named_and_can_be_mended(scripts, trained, tmp_path)
         shutil.rmtree(folder)
     code, _, err = scripts.train(tmp_path / "run", JMOE_CACHE=str(cache))
     assert code == 0, err
-    assert_same_run(tmp_path / "run", trained[0])
+    scripts.assert_same_run(tmp_path / "run", trained[0])
 
 
 @pytest.fixture

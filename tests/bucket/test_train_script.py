@@ -9,12 +9,7 @@ import sys
 import time
 from pathlib import Path
 
-import jax
-import numpy as np
 import pytest
-
-from jmoe import recipe, sharding, training
-from jmoe.checkpoint import Checkpoints, flatten
 
 RUN = "gs://bucket/runs/x"
 STEPS = 24
@@ -26,24 +21,6 @@ def download(storage, folder: Path) -> Path:
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_bytes(storage.objects[name].content)
     return folder / "runs" / "x"
-
-
-def state(run_dir: Path, step: int) -> dict[str, tuple]:
-    """Every leaf of a checkpoint by name, as dtype, shape and bytes."""
-    settings = recipe.from_dict(json.loads((run_dir / "config.json").read_text()))
-    mesh = sharding.make_mesh(settings.mesh, jax.devices()[:1])
-    fingerprints = {"tokenizer": "", "train source 0": "", "validation source 0": ""}
-    items = training.checkpoint_items(training.abstract_state(settings, mesh), fingerprints)
-    restored = Checkpoints(run_dir / "checkpoints", keep=1).restore(items, step, read_only=True)
-    assert restored is not None
-
-    def plain(leaf):
-        if isinstance(leaf, str):
-            return leaf
-        leaf = jax.random.key_data(leaf) if jax.dtypes.issubdtype(leaf.dtype, jax.dtypes.prng_key) else leaf
-        return str(leaf.dtype), leaf.shape, np.asarray(leaf).tobytes()
-
-    return {name: plain(leaf) for name, leaf in flatten(restored[1]).items()}
 
 
 def end(process: "subprocess.Popen[bytes]") -> tuple[int, str, str]:
@@ -93,8 +70,7 @@ def test_stopped_killed_and_resumed_it_is_the_run_on_a_disk(storage, environment
     assert code == 0, err
     assert f"run directory {RUN}, 16 of {STEPS} steps taken" in out and "step 20 in" in err
     local, there = trained[0], download(storage, tmp_path)
-    assert (there / "metrics.jsonl").read_bytes() == (local / "metrics.jsonl").read_bytes()
-    assert state(there, STEPS) == state(local, STEPS)
+    scripts.assert_same_run(there, local)
     names = {path.name for path in local.iterdir()} - {"lock"}
     assert {path.name for path in there.iterdir()} == names
     assert {path.name for path in (there / "checkpoints").iterdir()} == {"16", "20", "24"}
